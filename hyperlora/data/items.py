@@ -1,0 +1,22 @@
+"""The unit of training and evaluation: a document and what can be asked of it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, the reply to train on, and every reply that counts as right."""
+
+    text: str
+    reply: str
+    accepted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A document with its questions. `following` is text that comes after it, when it was cut from a longer one."""
+
+    id: str
+    text: str
+    questions: tuple[Question, ...] = ()
+    following: str = field(default="", repr=False)

@@ -1,0 +1,124 @@
+"""Weighted mixtures of item streams that reshuffle by document at every epoch and resume exactly."""
+
+import random
+from typing import Any, Protocol
+
+from hyperlora.data.facts import fact_document
+from hyperlora.data.items import Item, Question
+from hyperlora.data.sources import load
+from hyperlora.errors import InputError
+from hyperlora.recipe import FactsTask, QATask, TextTask
+
+
+class Stream(Protocol):
+    """An endless stream of training items: `item(n)` is a pure function of the number of items drawn before."""
+
+    def item(self, number: int) -> Item: ...
+
+
+class FactStream:
+    """Invented facts, `task.facts` (a range) to a document."""
+
+    def __init__(self, task: FactsTask, seed: int):
+        self.task, self.seed = task, seed
+
+    def item(self, number: int) -> Item:
+        rng = random.Random(f"{self.seed}/facts/{number}")
+        item = fact_document(f"{self.seed}-{number}", rng.randint(*self.task.facts), "train")
+        return _ask(item, rng, self.task.questions)
+
+
+class DocumentStream:
+    """Documents of data sets in a new order every epoch."""
+
+    def __init__(self, items: list[Item], seed: int, tag: str):
+        if not items:
+            raise InputError(f"no usable documents for the task {tag}: check its sources and max_tokens")
+        self.items, self.seed, self.tag = items, seed, tag
+        self._epoch, self._order = -1, list(range(len(items)))
+
+    def draw(self, number: int) -> tuple[Item, random.Random]:
+        epoch, position = divmod(number, len(self.items))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.items)))
+            random.Random(f"{self.seed}/{self.tag}/{epoch}").shuffle(self._order)
+        return self.items[self._order[position]], random.Random(f"{self.seed}/{self.tag}/{number}")
+
+
+class QAStream(DocumentStream):
+    """Questions about documents that fit `max_tokens`."""
+
+    def __init__(self, task: QATask, seed: int, tokenizer: Any):
+        kept = [
+            item
+            for name in task.sources
+            for item in load(name)
+            if item.questions and len(tokenizer(item.text)["input_ids"]) <= task.max_tokens
+        ]
+        super().__init__(kept, seed, "qa")
+        self.questions = task.questions
+
+    def item(self, number: int) -> Item:
+        item, rng = self.draw(number)
+        return _ask(item, rng, self.questions)
+
+
+class TextStream(DocumentStream):
+    """Pieces of plain text with the text that follows them."""
+
+    def __init__(self, task: TextTask, seed: int, tokenizer: Any):
+        super().__init__([item for name in task.sources for item in load(name)], seed, "text")
+        self.task, self.tokenizer = task, tokenizer
+
+    def item(self, number: int) -> Item:
+        item, rng = self.draw(number)
+        length = rng.randint(*self.task.tokens)
+        piece, following = window(self.tokenizer, item.text, rng, length, self.task.following)
+        return Item(f"{item.id}@{number}", piece, following=following)
+
+
+def window(tokenizer: Any, text: str, rng: random.Random, length: int, following: int) -> tuple[str, str]:
+    """A random window of about `length` tokens that starts at a word, and about `following` tokens after it."""
+    words = text.split(" ")
+    span = max(2, int(0.7 * length))  # words are about 1.4 tokens; the encoder takes any length
+    start = rng.randrange(max(1, len(words) - span - int(0.7 * following)))
+    ids = tokenizer(" ".join(words[start : start + 2 * (span + following)]), add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids[:length]), tokenizer.decode(ids[length : length + following])
+
+
+def _ask(item: Item, rng: random.Random, count: int) -> Item:
+    questions: tuple[Question, ...] = item.questions
+    if len(questions) > count:
+        questions = tuple(rng.sample(questions, count))
+    return Item(item.id, item.text, questions)
+
+
+class Mix:
+    """Draws items from weighted streams. `state` (items drawn per stream) is all that resuming needs."""
+
+    def __init__(self, tasks: list[FactsTask | QATask | TextTask], seed: int, tokenizer: Any):
+        self.streams: list[Stream] = []
+        for index, task in enumerate(tasks):
+            own = seed * 1000 + index
+            if isinstance(task, FactsTask):
+                self.streams.append(FactStream(task, own))
+            elif isinstance(task, QATask):
+                self.streams.append(QAStream(task, own, tokenizer))
+            else:
+                self.streams.append(TextStream(task, own, tokenizer))
+        self.weights = [task.weight for task in tasks]
+        self.seed = seed
+        self.state = [0] * len(tasks)
+
+    def draw(self) -> tuple[Item, random.Random]:
+        """The next item and a random generator of its own."""
+        total = sum(self.state)
+        rng = random.Random(f"{self.seed}/mix/{total}")
+        index = rng.choices(range(len(self.streams)), self.weights)[0]
+        item = self.streams[index].item(self.state[index])
+        self.state[index] += 1
+        return item, rng
+
+    def documents(self) -> list[Item]:
+        """Every fixed document that can be drawn (invented ones are endless and left out)."""
+        return [item for stream in self.streams if isinstance(stream, DocumentStream) for item in stream.items]

@@ -1,0 +1,29 @@
+"""The project's own errors: one line for the user, and an exit code for the command line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HyperloraError(Exception):
+    """An expected failure. The message is one line that says what to do; the CLI prints it and exits with `code`."""
+
+    code = 1
+
+
+class InputError(HyperloraError):
+    """The user's input (file, recipe, option) cannot be used as it is."""
+
+    code = 3
+
+
+class BaseMismatch(HyperloraError):
+    """A patch or generator was made for another base model."""
+
+    code = 4
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A suggestion to append to an error about an unknown `word`: the closest known names, or all of them."""
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(names))}"

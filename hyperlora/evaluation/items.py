@@ -1,0 +1,30 @@
+"""Evaluation sets: new invented facts, and one question on each real document, chosen by hash."""
+
+import zlib
+
+from hyperlora.base_model import BaseModel
+from hyperlora.data.facts import fact_document
+from hyperlora.data.items import Item
+from hyperlora.data.sources import load
+from hyperlora.recipe import Evaluation
+
+
+def fact_items(facts: int, count: int, new_attributes: bool = False) -> list[Item]:
+    """`count` new documents of `facts` facts of the test split, every fact asked."""
+    return [fact_document(str(number), facts, "test", new_attributes) for number in range(count)]
+
+
+def qa_items(source: str, base: BaseModel, max_tokens: int, count: int | None = None) -> list[Item]:
+    """Documents of at most `max_tokens`, ordered and asked by hash: one question each, the first `count`."""
+    items = []
+    for item in sorted(load(source), key=lambda item: zlib.crc32(item.id.encode())):
+        if item.questions and len(base.tokenizer(item.text, add_special_tokens=False)["input_ids"]) <= max_tokens:
+            question = min(item.questions, key=lambda question: zlib.crc32(question.text.encode()))
+            items.append(Item(item.id, item.text, (question,)))
+    return items[:count]
+
+
+def evaluation_sets(setting: Evaluation, base: BaseModel) -> dict[str, list[Item]]:
+    """The sets that a recipe asks for, by name."""
+    sets = {f"facts-{n}": fact_items(n, max(1, setting.items // n)) for n in setting.facts}
+    return sets | {name: qa_items(name, base, setting.max_tokens, setting.items) for name in setting.qa}

@@ -1,0 +1,42 @@
+"""Answer scores in plain functions: the official SQuAD normalisation, exact match, token F1, containment.
+
+Source: Rajpurkar et al. 2016 (arXiv 1606.05250), evaluation script v1.1, re-implemented.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and surplus white space."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 when the normalised prediction equals an answer."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def f1(prediction: str, answers: Iterable[str]) -> float:
+    """Largest token F1 over the answers, 0 to 1."""
+    return max(_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers)
+
+
+def _f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = sum((Counter(prediction) & Counter(answer)).values())
+    return 2 * common / (len(prediction) + len(answer))
+
+
+def contains(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 when an answer stands in the prediction as whole words."""
+    text = f" {normalise(prediction)} "
+    return float(any(f" {normalise(answer)} " in text for answer in answers))
+
+
+METRICS = {"f1": f1, "exact_match": exact_match, "contains": contains}

@@ -1,0 +1,95 @@
+"""Writing so that nothing is ever half there: to a temporary name beside the target, then renamed."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hyperlora.errors import InputError
+
+
+@contextmanager
+def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary directory that takes the name `path` when the block ends well and vanishes when it does not.
+
+    Raises:
+        InputError: `path` exists and `force` is not set, or the disk cannot be written.
+    """
+    check_free(path, force)
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        partial.chmod(0o755)
+        yield partial
+        replaced = partial.with_name(partial.name + "-old")
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Raises InputError when `path` exists and may not be replaced."""
+    if path.exists() and not force:
+        raise InputError(f"{path} already exists; choose another output or pass --force to replace it")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` in one step."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_document(path: Path) -> str:
+    """The text of a UTF-8 file. Raises InputError when it is missing, empty, binary or in another encoding."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return decode_document(data, str(path))
+
+
+def decode_document(data: bytes, name: str) -> str:
+    """The text of a document's bytes; `name` stands in the error messages."""
+    if b"\0" in data:
+        raise InputError(f"{name} is a binary file; convert it to plain UTF-8 text first")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv -t UTF-8"
+        ) from error
+    if not text.strip():
+        raise InputError(f"{name} is empty; give a document with text")
+    return text
+
+
+def push_folder(save: Callable[[Path], None], repository: str, private: bool, token: str | None) -> str:
+    """Upload what `save` writes to the hub repository `repository` (user/name) and return its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        save(Path(scratch) / "upload")
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=Path(scratch) / "upload"))

@@ -1,0 +1,283 @@
+"""The generator: encoder and hypernetwork behind one call, document in, patch out."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from pydantic import BaseModel as Settings
+from pydantic import ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hyperlora import __version__
+from hyperlora.base_model import BaseModel, Fingerprint, load_base
+from hyperlora.encoder import Encoder
+from hyperlora.errors import InputError, nearest
+from hyperlora.files import new_directory, push_folder, sha256
+from hyperlora.hypernet import HYPERNETS, Factors
+from hyperlora.patch import Patch, Provenance, check_base
+from hyperlora.rank_cap import cap_rank
+from hyperlora.statistics import SiteStatistics, calibrate
+from hyperlora.structure import Site, find_sites, is_transposed, text_config
+
+# While a long document is read, its patch is kept at this multiple of the final rank.
+WORKING_RANKS = 4
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+Clock = dict[str, float]
+
+
+class GeneratorConfig(Settings):
+    """What a generator is made of; everything here is written to its config.json.
+
+    Attributes:
+        hypernet: architecture, a key of `HYPERNETS`; `options` are its own settings.
+        rank: of the patch, per site.
+        layers: 0-based layers to patch; None spreads `layer_count` of them over the upper three quarters.
+        modules: target modules as endings of their path in a layer; None is the MLP's output projection.
+        chunk_tokens: longest piece of document read at once.
+        moment_directions, ridge: see `SecondMoment`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    hypernet: str = "associative"
+    options: dict[str, Any] = {}
+    rank: int = Field(64, gt=0)
+    layers: list[int] | None = None
+    layer_count: int = 8
+    modules: list[str] | None = None
+    chunk_tokens: int = Field(512, gt=1)
+    moment_directions: int = Field(32, ge=0)
+    ridge: float = Field(0.05, gt=0)
+
+    def resolve_layers(self, total: int) -> list[int]:
+        if self.layers is not None:
+            return self.layers
+        first, last, count = round(0.27 * total), max(round(0.27 * total), total - 2), min(self.layer_count, total)
+        return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})
+
+
+class Generator(nn.Module):
+    """Documents to LoRA factors for one base model. Holds the hypernetwork and the sites' calibration; the frozen
+    base stays outside `state_dict`."""
+
+    def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
+        super().__init__()
+        if config.hypernet not in HYPERNETS:
+            raise InputError(f"unknown hypernet {config.hypernet!r}; {nearest(config.hypernet, HYPERNETS)}")
+        self.config, self.name = config, name
+        decoder = text_config(base.model)
+        layers = config.resolve_layers(decoder.num_hidden_layers)
+        self.sites: list[Site] = find_sites(base.model, layers, config.modules)
+        self.statistics = nn.ModuleList(SiteStatistics(site, config.moment_directions) for site in self.sites)
+        self.hypernet = HYPERNETS[config.hypernet](self.sites, decoder.hidden_size, **config.options)
+        self.attach(base)
+
+    def attach(self, base: BaseModel) -> None:
+        """Read documents with this base from now on."""
+        self.encoder = Encoder(base, self.sites, self.config.chunk_tokens)
+        self.to(base.device)
+
+    @property
+    def base(self) -> BaseModel:
+        return self.encoder.base
+
+    def calibrate(self, texts: Sequence[str], tokens: int = 512) -> None:
+        """Measure the sites' statistics on generic `texts`, the first `tokens` of each."""
+        ids = [self.encoder.sink + self.encoder.tokenize(text)[:tokens] for text in texts]
+        calibrate(self.base, self.sites, self.statistics, ids, self.config.ridge)  # type: ignore[arg-type]
+
+    @overload
+    def generate(self, documents: str, clock: Clock | None = None) -> Patch: ...
+    @overload
+    def generate(self, documents: Sequence[str], clock: Clock | None = None) -> list[Patch]: ...
+    @torch.no_grad()
+    def generate(self, documents: str | Sequence[str], clock: Clock | None = None) -> Patch | list[Patch]:
+        """The patch of a document, or those of a list of documents, in one forward pass.
+
+        Args:
+            clock: collects the seconds spent in `encode` and `hypernetwork`.
+
+        Raises:
+            InputError: a document of fewer than two tokens, or the hypernetwork gave non-finite values.
+        """
+        texts = [documents] if isinstance(documents, str) else list(documents)
+        ids = [self.encoder.tokenize(text) for text in texts]
+        factors = self.factors(ids, clock)
+        patches = []
+        for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+            own = {path: (a[index].clone(), b[index].clone()) for path, (a, b) in factors.items()}
+            if not all(bool(torch.isfinite(t).all()) for pair in own.values() for t in pair):
+                raise InputError("the generator produced non-finite values; its weights do not suit this base or dtype")
+            document = {"sha256": sha256(text.encode()), "tokens": len(tokens), "weight": 1.0}
+            patches.append(Patch(own, replace(self.provenance, documents=(document,))))
+        return patches[0] if isinstance(documents, str) else patches
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What the patches of this generator say of their origin, but for the documents."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return Provenance(
+            base=self.base.name,
+            fingerprint=self.base.fingerprint,
+            generator=self.name,
+            generator_hash=digest.hexdigest()[:16],
+            version=__version__,
+            transposed=is_transposed(self.base.model.get_submodule(self.sites[0].path)),
+        )
+
+    def factors(self, documents: Sequence[list[int]], clock: Clock | None = None) -> dict[str, Factors]:
+        """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
+
+        Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank). Memory does not grow with
+        a document's length: chunks are folded one after the other into a patch of `WORKING_RANKS` times the rank.
+        """
+        encoder = self.encoder
+        split = [encoder.chunks(ids) for ids in documents]
+        if all(len(chunks) == 1 for chunks in split):
+            batches = encoder.batches([chunks[0] for chunks in split])
+            read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
+        else:
+            read = [self._folded(chunks, clock) for chunks in split]
+        return {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
+
+    def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
+        start = time.perf_counter()
+        features = self.encoder.read(chunks)
+        read = time.perf_counter()
+        slots = self.hypernet(features, self.statistics)
+        if clock is not None:
+            clock["encode"] = clock.get("encode", 0.0) + read - start
+            clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + time.perf_counter() - read
+        return slots
+
+    def _cap(self, factors: list[Factors], rank: int) -> list[Factors]:
+        return [
+            cap_rank(a, b, rank, stat.moment)  # type: ignore[arg-type, union-attr]
+            for (a, b), stat in zip(factors, self.statistics, strict=True)
+        ]
+
+    def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
+        """Factors of one document, its chunks read one at a time."""
+        state: list[Factors] | None = None
+        for chunk in chunks:
+            slots = self._slots([chunk], clock)
+            if state is not None:
+                slots = [
+                    (torch.cat([a, more_a], dim=1), torch.cat([b, more_b], dim=2))
+                    for (a, b), (more_a, more_b) in zip(state, slots, strict=True)
+                ]
+            state = self._cap(slots, WORKING_RANKS * self.config.rank)
+        assert state is not None
+        return self._cap(state, self.config.rank)
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path, force: bool = False) -> None:
+        """Write config.json and model.safetensors (hypernetwork in float16, calibration in float32), atomically.
+
+        Raises:
+            InputError: the directory exists (without `force`) or the disk cannot be written.
+        """
+        tensors = {
+            name: tensor.detach().to("cpu", torch.float16 if name.startswith("hypernet.") else None).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        record = {
+            "name": self.name,
+            "version": __version__,
+            "base": self.base.name,
+            "fingerprint": vars(self.base.fingerprint),
+            "sites": [site.to_dict() for site in self.sites],
+            "generator": self.config.model_dump(),
+        }
+        with new_directory(Path(path), force) as folder:
+            (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path | None = None, base: BaseModel | None = None, **options: Any
+    ) -> "Generator":
+        """Load a generator: None for the one that ships with the package, a local directory, or a hub id.
+
+        Args:
+            base: the loaded base model; by default the one that the generator names is loaded, with `options`
+                passed to `load_base`.
+
+        Raises:
+            InputError: no generator there, or a damaged one.
+            BaseMismatch: it was trained for another base.
+        """
+        folder = _locate(name)
+        try:
+            record = json.loads((folder / CONFIG).read_text())
+            config = GeneratorConfig(**record["generator"])
+            wanted = Provenance(record["base"], Fingerprint(**record["fingerprint"]))
+            shapes = _shapes(folder / WEIGHTS)
+        except (OSError, SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder} holds no usable generator ({str(error).splitlines()[0]})") from error
+        base = base or load_base(wanted.base, **options)
+        check_base(wanted, base.fingerprint, base.name)
+        generator = cls(base, config, record["name"])
+        expected = {key: tuple(tensor.shape) for key, tensor in generator.state_dict().items()}
+        if expected != shapes:
+            wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
+            raise InputError(f"{folder / WEIGHTS} does not fit its config.json: {len(wrong)} tensors, first {wrong[0]}")
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise InputError(f"{folder / WEIGHTS} has non-finite values in {bad[0]}")
+        generator.load_state_dict(tensors)
+        return generator.eval().requires_grad_(False)
+
+    def push_to_hub(self, repository: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the generator to `repository` (user/name) and return its address."""
+        return push_folder(self.save_pretrained, repository, private, token)
+
+
+def _locate(name: str | Path | None) -> Path:
+    if name is None:
+        folder = Path(str(files("hyperlora") / "pretrained"))
+        if not (folder / CONFIG).exists():
+            raise InputError("this installation carries no trained generator; train one or pass its directory")
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
+        raise InputError(f"no generator at {name}: give a directory that `hyperlora train` wrote, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"no generator {name}: neither a directory here nor to be had from the hub") from error
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header alone."""
+    with safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _stack(factors: list[Factors]) -> Factors:
+    """Join batches of documents; smaller ranks are filled up with zeros."""
+    rank = max(a.shape[1] for a, _ in factors)
+    pad = nn.functional.pad
+    return (
+        torch.cat([pad(a, (0, 0, 0, rank - a.shape[1])) for a, _ in factors]),
+        torch.cat([pad(b, (0, rank - b.shape[2])) for _, b in factors]),
+    )

@@ -1,0 +1,91 @@
+"""Apply LoRA factors to a frozen model, one per example, with gradient, for as long as a `with` block lasts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperlora.patch import Patch
+
+# Per module path: A (documents, rank, d_in) and B (documents, d_out, rank); the scale is folded in.
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def inject(model: nn.Module, factors: Factors, rows: Tensor | None = None) -> Iterator[None]:
+    """Add `B A x` to the output of every named module inside the block.
+
+    Args:
+        factors: per module path, for a batch of documents.
+        rows: (batch,) the document of each example. Default: the examples of a document stand together, equally
+            many for each. Beam search repeats each example, and its rows with it.
+
+    With activation checkpointing, call `backward()` inside the block: the layers run again there and must find the
+    same patch.
+    """
+    handles = [model.get_submodule(path).register_forward_hook(_adder(a, b, rows)) for path, (a, b) in factors.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:
+    def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0]  # (batch, tokens, d_in)
+        factor_a, factor_b = _per_example(a, b, rows, x.shape[0])
+        # The product is small and matters: keep it in the factors' precision, which may be higher than the model's.
+        delta = torch.bmm(torch.bmm(x.to(a.dtype), factor_a.mT), factor_b.mT)
+        return output + delta.to(output.dtype)
+
+    return add
+
+
+def _per_example(a: Tensor, b: Tensor, rows: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+    documents = a.shape[0]
+    if rows is None:
+        if batch % documents:
+            raise ValueError(f"{batch} examples cannot be shared out among {documents} patches; pass `rows`")
+        if documents == 1:
+            return a.expand(batch, -1, -1), b.expand(batch, -1, -1)
+        rows = torch.arange(documents, device=a.device)
+    if batch % len(rows):
+        raise ValueError(f"`rows` names {len(rows)} examples, the model was called with {batch}")
+    rows = rows.repeat_interleave(batch // len(rows))
+    return a[rows], b[rows]
+
+
+@contextmanager
+def patched(model: nn.Module, patch: Patch | Sequence[Patch], rows: Tensor | None = None) -> Iterator[nn.Module]:
+    """The model with a patch, or with one patch per example, inside the block.
+
+    Args:
+        rows: see `inject`.
+
+    Raises:
+        BaseMismatch: a patch was made for another base.
+    """
+    patches = [patch] if isinstance(patch, Patch) else list(patch)
+    device = next(model.parameters()).device
+    for one in patches:
+        one.check(model)
+    paths = sorted({path for one in patches for path in one.factors})
+    factors = {path: tuple(_joined([one.factors.get(path) for one in patches], device)) for path in paths}
+    with inject(model, factors, rows):  # type: ignore[arg-type]
+        yield model
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor] | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stack the factors of several patches on one module, filled up with zeros to the largest rank."""
+    present = next(pair for pair in pairs if pair is not None)
+    rank = max(pair[0].shape[0] for pair in pairs if pair is not None)
+    a = present[0].new_zeros(len(pairs), rank, present[0].shape[1])
+    b = present[1].new_zeros(len(pairs), present[1].shape[0], rank)
+    for index, pair in enumerate(pairs):
+        if pair is not None:
+            a[index, : pair[0].shape[0]] = pair[0]
+            b[index, :, : pair[1].shape[1]] = pair[1]
+    return a.to(device).float(), b.to(device).float()

@@ -1,0 +1,223 @@
+"""A LoRA patch with its provenance: saved as a plain PEFT directory, loaded, composed, capped, merged."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hyperlora.base_model import Fingerprint, fingerprint
+from hyperlora.errors import BaseMismatch, InputError
+from hyperlora.files import new_directory, push_folder
+from hyperlora.rank_cap import cap_rank
+from hyperlora.structure import is_transposed, linear_shape
+
+WEIGHTS, CONFIG, PROVENANCE = "adapter_model.safetensors", "adapter_config.json", "hyperlora.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a patch comes from.
+
+    Attributes:
+        base: name of the base model, with `fingerprint` of its config and weights.
+        generator: name of the generator (or method) and `generator_hash`, the SHA-256 of its weights.
+        documents: for each document its `sha256`, number of `tokens` and `weight` in a composition.
+        version: of hyperlora.
+        transposed: True when the patched modules store their weight as (d_in, d_out).
+    """
+
+    base: str
+    fingerprint: Fingerprint
+    generator: str = ""
+    generator_hash: str = ""
+    documents: tuple[dict[str, Any], ...] = ()
+    version: str = ""
+    transposed: bool = False
+
+
+@dataclass
+class Patch:
+    """LoRA factors per module path: A (rank, d_in) and B (d_out, rank), of one rank everywhere, scale folded in."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    provenance: Provenance = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.factors.values()))[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.factors.values()))[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.numel() * t.element_size() for pair in self.factors.values() for t in pair)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Patch":
+        """A copy in another dtype or on another device."""
+        moved = {path: (a.to(device, dtype), b.to(device, dtype)) for path, (a, b) in self.factors.items()}
+        return Patch(moved, self.provenance)
+
+    def cap_rank(self, rank: int) -> "Patch":
+        """The nearest patch of at most `rank`, in Frobenius norm."""
+        capped = {}
+        for path, (a, b) in self.factors.items():
+            small_a, small_b = cap_rank(a.float(), b.float(), rank)
+            capped[path] = (small_a.to(a.dtype), small_b.to(b.dtype))
+        return Patch(capped, self.provenance)
+
+    @staticmethod
+    def compose(patches: Sequence["Patch"], weights: Sequence[float] | None = None, rank: int | None = None) -> "Patch":
+        """The weighted sum of patches, exact at the sum of their ranks, or capped to `rank`.
+
+        Raises:
+            BaseMismatch: the patches are for different bases.
+        """
+        weights = list(weights) if weights is not None else [1.0] * len(patches)
+        if len(weights) != len(patches) or not patches:
+            raise InputError(f"{len(patches)} patches need as many weights, got {len(weights)}")
+        first = patches[0].provenance
+        for patch in patches[1:]:
+            check_base(patch.provenance, first.fingerprint, first.base)
+        paths = sorted({path for patch in patches for path in patch.factors})
+        factors = {}
+        for path in paths:
+            parts = [(w, *p.factors[path]) for w, p in zip(weights, patches, strict=True) if path in p.factors]
+            factors[path] = (
+                torch.cat([a for _, a, _ in parts]),
+                torch.cat([w * b for w, _, b in parts], dim=1),
+            )
+        documents = tuple(
+            {**document, "weight": weight * document.get("weight", 1.0)}
+            for weight, patch in zip(weights, patches, strict=True)
+            for document in patch.provenance.documents
+        )
+        composed = Patch(_uniform(factors), replace(first, documents=documents))
+        return composed if rank is None else composed.cap_rank(rank)
+
+    def merge(self, model: nn.Module) -> None:
+        """Add the patch to the model's weights for good. Raises BaseMismatch; quantised modules cannot be merged."""
+        self.check(model)
+        with torch.no_grad():
+            for path, (a, b) in self.factors.items():
+                module = model.get_submodule(path)
+                weight = module.weight
+                if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                    raise InputError(f"{path} is quantised and cannot be merged; keep the patch beside the model")
+                delta = b.float().to(weight.device) @ a.float().to(weight.device)
+                weight += (delta.T if is_transposed(module) else delta).to(weight.dtype)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises BaseMismatch unless this patch was made for `model` and fits its modules."""
+        check_base(self.provenance, fingerprint(model), getattr(model.config, "_name_or_path", "") or "the given model")
+        for path, (a, b) in self.factors.items():
+            try:
+                shape = linear_shape(model.get_submodule(path))
+            except AttributeError:
+                shape = None
+            if shape != (a.shape[1], b.shape[0]):
+                raise BaseMismatch(
+                    f"the patch changes {path} of shape {(a.shape[1], b.shape[0])}; this base has {shape}"
+                )
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write a PEFT adapter directory, atomically.
+
+        Raises:
+            InputError: the directory exists (without `force`), the disk cannot be written, a value is not finite.
+        """
+        from peft import LoraConfig
+
+        tensors = {}
+        for name, (a, b) in self.factors.items():
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise InputError(f"the patch has non-finite values in {name}; it was not saved")
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank,
+            target_modules=sorted(self.factors),
+            fan_in_fan_out=self.provenance.transposed,
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=self.provenance.base,
+        )
+        with new_directory(Path(path), force) as folder:
+            config.save_pretrained(str(folder))
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / PROVENANCE).write_text(json.dumps(asdict(self.provenance), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> "Patch":
+        """Read a patch that `save` wrote; shapes are checked before any tensor is read.
+
+        Raises:
+            InputError: no patch there, or a damaged one.
+        """
+        folder = Path(path)
+        missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"{folder} is not a hyperlora patch: no {', '.join(missing)}")
+        try:
+            rank = int(json.loads((folder / CONFIG).read_text())["r"])
+            record = json.loads((folder / PROVENANCE).read_text())
+            record["fingerprint"] = Fingerprint(**record["fingerprint"])
+            record["documents"] = tuple(record["documents"])
+            provenance = Provenance(**record)
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                factors = _read_factors(file, rank)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder} holds a damaged patch ({error}); generate it again") from error
+        return Patch(factors, provenance)
+
+    def push_to_hub(self, repository: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the PEFT directory to `repository` (user/name) and return its address."""
+        return push_folder(self.save, repository, private, token)
+
+
+def check_base(provenance: Provenance, found: Fingerprint, name: str) -> None:
+    """Raises BaseMismatch, naming both bases, unless `found` is the base that a patch or generator was made for."""
+    wanted = provenance.fingerprint
+    if not wanted.same(found):
+        raise BaseMismatch(
+            f"made for base {provenance.base} ({wanted.config}/{wanted.weights}), "
+            f"not for {name} ({found.config}/{found.weights}); load the base it was made for"
+        )
+
+
+def _read_factors(file: Any, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    keys = list(file.keys())
+    names = sorted(key[: -len(".lora_A.weight")] for key in keys if key.endswith(".lora_A.weight"))
+    if not names:
+        raise ValueError("no LoRA tensors")
+    for name in names:
+        shape_a = file.get_slice(f"{name}.lora_A.weight").get_shape()
+        shape_b = file.get_slice(f"{name}.lora_B.weight").get_shape()
+        if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
+            raise ValueError(f"{name} has shapes {shape_a} and {shape_b} at rank {rank}")
+    factors = {}
+    for name in names:
+        a, b = file.get_tensor(f"{name}.lora_A.weight"), file.get_tensor(f"{name}.lora_B.weight")
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{name} has non-finite values")
+        factors[name.removeprefix(_PREFIX)] = (a, b)
+    return factors
+
+
+def _uniform(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fill every module up to the largest rank with zeros: PEFT and vLLM want one rank."""
+    rank = max(a.shape[0] for a, _ in factors.values())
+    pad = nn.functional.pad
+    return {
+        path: (pad(a, (0, 0, 0, rank - a.shape[0])), pad(b, (0, rank - b.shape[1]))) for path, (a, b) in factors.items()
+    }

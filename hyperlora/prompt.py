@@ -1,0 +1,66 @@
+"""The prompt slot: prefix, context and suffix of one chat turn, so that a memory can take the context's place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+_SLOT = "\u2402slot\u2402"
+_REPLY = "\u2402reply\u2402"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a base model is asked: the text around the user's words and after the model's.
+
+    The parts are tokenised separately, so that a prompt without its context differs in nothing else.
+
+    Attributes:
+        prefix: from the start of the conversation to the user's words, special tokens included.
+        suffix: from the end of the user's words to where the reply starts.
+        end: what ends a reply; its first token stops generation.
+        question: format of the user's words after the context.
+    """
+
+    prefix: str
+    suffix: str
+    end: str
+    question: str = "{question}"
+
+    def prompt_ids(self, tokenizer: Any, question: str, context: str | None = None) -> list[int]:
+        """Token ids of one prompt, with the document in it or (None) without."""
+        ids = encode(tokenizer, self.prefix)
+        if context is not None:
+            ids += encode(tokenizer, context) + encode(tokenizer, "\n\n")
+        return ids + encode(tokenizer, self.question.format(question=question)) + encode(tokenizer, self.suffix)
+
+    def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
+        """Token ids of a reply and of the token that ends it."""
+        return encode(tokenizer, answer) + self.end_ids(tokenizer)[:1]
+
+    def end_ids(self, tokenizer: Any) -> list[int]:
+        return encode(tokenizer, self.end)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text` alone: no special token is added, those written out in a template are recognised."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def document_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a document, in which text that looks like a special token stays plain text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+
+def prompt_format(tokenizer: Any) -> PromptFormat:
+    """The model's own chat template, or a plain question-and-answer format when it has none."""
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": _SLOT}]
+        asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        told = tokenizer.apply_chat_template(
+            [*turn, {"role": "assistant", "content": _REPLY}], tokenize=False, add_generation_prompt=False
+        )
+        prefix, _, suffix = asked.partition(_SLOT)
+        end = told.partition(_REPLY)[2]
+        if suffix and end:
+            return PromptFormat(prefix, suffix, end)
+    start = tokenizer.bos_token or ""
+    return PromptFormat(start, "\nAnswer:", tokenizer.eos_token or "\n", "Question: {question}")

@@ -1,0 +1,35 @@
+"""The best low-rank approximation of a patch for typical inputs: QR of the values, spectrum in the metric of C."""
+
+import torch
+from torch import Tensor
+
+from hyperlora.statistics import SecondMoment
+
+
+def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None) -> tuple[Tensor, Tensor]:
+    """Reduce B A to `rank`, minimising E |(B A - B' A') x|^2 over inputs with second moment C (plain Frobenius norm
+    when `moment` is None).
+
+    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Gradients flow through
+    B A and treat the subspace U as a constant: the derivative of an SVD explodes where singular values meet.
+
+    Args:
+        a: (..., rows, d_in).
+        b: (..., d_out, rows).
+
+    Returns:
+        A' (..., r, d_in) and B' (..., d_out, r) with r = min(rank, rows), row i of A' and column i of B' of equal
+        norm, strongest first; unchanged factors when rows <= rank.
+    """
+    if a.shape[-2] <= rank:
+        return a, b
+    with torch.no_grad():
+        q, r = torch.linalg.qr(b.float())  # (..., d_out, k), (..., k, rows)
+        core = r @ (a.float() if moment is None else moment.factor(a.float()))  # (..., k, d_in + directions)
+        vectors = torch.linalg.eigh(core @ core.mT).eigenvectors.flip(-1)[..., :rank]
+        u = q @ vectors  # (..., d_out, rank)
+        peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+        u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
+    reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
+    balance = reduced.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
+    return reduced / balance, u * balance.mT

@@ -1,0 +1,140 @@
+"""Training recipes: what a YAML file may say, checked before anything is loaded."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hyperlora.errors import InputError, nearest
+from hyperlora.generator import GeneratorConfig
+
+Positive = Annotated[int, Field(gt=0)]
+Range = tuple[Positive, Positive]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FactsTask(_Strict):
+    """Invented facts; `facts` is the least and largest number in a document, `questions` how many are asked."""
+
+    task: Literal["facts"]
+    weight: float = Field(1.0, gt=0)
+    facts: Range = (2, 2)
+    questions: Positive = 2
+
+
+class QATask(_Strict):
+    """Questions about documents of at most `max_tokens` from SQuAD-style sources."""
+
+    task: Literal["qa"]
+    weight: float = Field(1.0, gt=0)
+    sources: list[str]
+    max_tokens: Positive = 200
+    questions: Positive = 1
+
+
+class TextTask(_Strict):
+    """Reconstruction of a piece of plain text (`tokens`: least and largest length) and its continuation."""
+
+    task: Literal["text"]
+    weight: float = Field(1.0, gt=0)
+    sources: list[str]
+    tokens: Range = (48, 160)
+    following: Positive = 48
+
+
+class Unrelated(_Strict):
+    """Text the patch must leave alone: KL to the bare model on `tokens` tokens for a share of the documents."""
+
+    sources: list[str]
+    tokens: Positive = 64
+    weight: float = Field(1.0, ge=0)
+    share: float = Field(1.0, ge=0, le=1)
+
+
+class Calibration(_Strict):
+    """Generic text on which the sites' statistics are measured."""
+
+    sources: list[str]
+    texts: Positive = 32
+    tokens: Positive = 384
+
+
+class Evaluation(_Strict):
+    """Items that are scored during training with the patch, another document's patch and none."""
+
+    every: Positive = 50
+    items: Positive = 32
+    facts: list[Positive] = []
+    qa: list[str] = []
+    max_tokens: Positive = 200
+
+
+class Recipe(_Strict):
+    """A whole training run."""
+
+    base: str | None = None
+    seed: int = 0
+    steps: Positive
+    documents: Positive = 8
+    micro_batches: Positive = 1
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: int = Field(10, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    save_every: Positive = 50
+    generator: GeneratorConfig = GeneratorConfig()
+    start_from: str | None = None
+    calibration: Calibration
+    mix: list[Annotated[FactsTask | QATask | TextTask, Field(discriminator="task")]] = Field(min_length=1)
+    unrelated: Unrelated | None = None
+    evaluation: Evaluation = Evaluation()
+
+
+def read_recipe(path: Path, **changes: Any) -> Recipe:
+    """Read and check a recipe; `changes` replace top-level keys.
+
+    Raises:
+        InputError: not YAML, an unknown key (with the nearest known ones) or a wrong type, in one line.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a recipe: expected keys and values at the top level")
+    content.update({key: value for key, value in changes.items() if value is not None})
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys(first['loc']))}"
+    if first["type"] == "missing":
+        return f"the key {where!r} is missing"
+    return f"{where}: {first['msg']} (got {first['input']!r})"
+
+
+def _keys(where: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed beside the one at `where`."""
+    tables: dict[str, Any] = {
+        "generator": GeneratorConfig,
+        "calibration": Calibration,
+        "unrelated": Unrelated,
+        "evaluation": Evaluation,
+        "facts": FactsTask,
+        "qa": QATask,
+        "text": TextTask,
+    }
+    owner = next((tables[str(part)] for part in reversed(where[:-1]) if str(part) in tables), Recipe)
+    return list(owner.model_fields)

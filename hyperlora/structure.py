@@ -1,0 +1,133 @@
+"""Find what a patch needs in any causal language model, by its structure and config, never by a class or a name."""
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperlora.errors import HyperloraError
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class UnsupportedBase(HyperloraError):
+    """The base model has a structure that patches cannot be made for."""
+
+    code = 5
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear module that a patch changes: `path` as in `model.get_submodule`, 0-based `layer`, and its widths."""
+
+    path: str
+    layer: int
+    d_in: int
+    d_out: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of the config that describes the decoder (multimodal configs nest it)."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers: the longest-lived `ModuleList` whose length is the config's layer count."""
+    count = text_config(model).num_hidden_layers
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not found:
+        raise UnsupportedBase(f"no stack of {count} decoder layers found in {type(model).__name__}; use a causal LM")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(d_in, d_out)` of a linear-like module (`nn.Linear`, its quantised forms, transposed `Conv1D`), else None."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    if is_transposed(module):
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True for a linear that stores its weight as (d_in, d_out), which PEFT calls `fan_in_fan_out`."""
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def _reads_attention(module: nn.Module) -> bool:
+    return "attention_mask" in inspect.signature(module.forward).parameters
+
+
+def find_sites(model: nn.Module, layers: list[int] | None = None, modules: list[str] | None = None) -> list[Site]:
+    """The linear modules to patch, in layer order.
+
+    Args:
+        layers: 0-based layer numbers; None takes all.
+        modules: paths inside a layer or their endings (`"mlp.down_proj"`, `"o_proj"`). None takes the module that
+            writes the MLP's output into the residual stream, found by shape.
+
+    Raises:
+        UnsupportedBase: no attention or no single MLP output in a layer (recurrent and mixture-of-experts models).
+    """
+    config = text_config(model)
+    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
+        raise UnsupportedBase(f"{config.model_type} is a mixture of experts; patches need a dense base model")
+    stack, blocks = decoder_layers(model)
+    wanted = range(len(blocks)) if layers is None else layers
+    sites = []
+    for layer in wanted:
+        if not 0 <= layer < len(blocks):
+            raise UnsupportedBase(f"layer {layer} does not exist: this base has layers 0 to {len(blocks) - 1}")
+        for name in _site_names(blocks[layer], config.hidden_size, modules):
+            shape = linear_shape(blocks[layer].get_submodule(name))
+            assert shape is not None
+            sites.append(Site(f"{stack}.{layer}.{name}", layer, *shape))
+    return sites
+
+
+def _site_names(block: nn.Module, hidden: int, modules: list[str] | None) -> list[str]:
+    linears = {n: s for n, m in block.named_modules() if (s := linear_shape(m)) is not None}
+    if modules is not None:
+        names = [n for n in linears if any(n == want or n.endswith(f".{want}") for want in modules)]
+        if len(names) < len(modules):
+            raise UnsupportedBase(f"target modules {modules} not all found in a layer; it has {', '.join(linears)}")
+        return names
+    attention = [n for n, child in block.named_children() if _reads_attention(child)]
+    if not attention:
+        raise UnsupportedBase("a layer has no attention: recurrent and state-space bases cannot be patched")
+    outputs = [n for n, (_, out) in linears.items() if out == hidden and n.split(".")[0] not in attention]
+    # A square MLP input would also write `hidden`; the output projection is the one that is registered last.
+    parents = {n.rpartition(".")[0] for n in outputs}
+    if len(parents) != 1:
+        raise UnsupportedBase(f"expected one MLP output per layer, found {outputs or 'none'}; is the base dense?")
+    return outputs[-1:]
+
+
+def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """How much of a change of `site`'s output arrives in the residual stream, per channel, by perturbing it.
+
+    Exactly one for a plain pre-norm block; a post-norm (Gemma 3) or a residual multiplier scales it. `args` and
+    `kwargs` are what the block was called with and `output` (batch, tokens, d_out) what it returned.
+    Returns (d_out,) in float32.
+    """
+    signs: list[Tensor] = []
+    step: list[float] = []
+
+    def perturb(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        step.append(0.1 * float(out.float().pow(2).mean().sqrt()))
+        signs.append(torch.randint_like(out, 0, 2) * 2 - 1)
+        return out + step[0] * signs[0]
+
+    handle = site.register_forward_hook(perturb)
+    try:
+        moved = block.forward(*args, **kwargs)
+    finally:
+        handle.remove()
+    moved = moved[0] if isinstance(moved, tuple) else moved
+    change = (moved.float() - output.float()) * signs[0].float() / step[0]  # (batch, tokens, d_out)
+    return change.flatten(0, -2).median(dim=0).values

@@ -1,0 +1,249 @@
+"""The training loop: draw documents, inject their patches, compare with the replies, checkpoint, resume."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hyperlora.data.items import Item
+from hyperlora.data.mix import DocumentStream, Mix, window
+from hyperlora.data.overlap import check_disjoint
+from hyperlora.data.sources import load
+from hyperlora.errors import InputError
+from hyperlora.evaluation.controls import score_controls
+from hyperlora.evaluation.items import evaluation_sets
+from hyperlora.generator import Generator
+from hyperlora.inject import inject
+from hyperlora.objectives import Row, collate, cross_entropy, kl_from_bare, label_logits
+from hyperlora.prompt import encode
+from hyperlora.recipe import Recipe
+
+_FREE = ("evaluation", "save_every")  # what a resumed recipe may change
+_CONTINUED = 16  # tokens of text that a continuation row starts from
+
+
+class Trainer:
+    """One run of a recipe in a folder: metrics.jsonl, checkpoint/ (generator, optimizer, position), generator/.
+
+    Everything random is a function of the seed and of the number of items drawn, so that a resumed run repeats the
+    losses of an uninterrupted one.
+    """
+
+    def __init__(self, recipe: Recipe, generator: Generator, folder: Path):
+        self.recipe, self.generator, self.folder = recipe, generator, folder
+        self.base = generator.base
+        self.mix = Mix(list(recipe.mix), recipe.seed, self.base.tokenizer)
+        self.unrelated = (
+            DocumentStream([i for s in recipe.unrelated.sources for i in load(s)], recipe.seed, "unrelated")
+            if recipe.unrelated
+            else None
+        )
+        self.evaluation = evaluation_sets(recipe.evaluation, self.base)
+        trained = self.mix.documents() + (self.unrelated.items if self.unrelated else [])
+        check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
+        self.optimizer = torch.optim.AdamW(
+            generator.hypernet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.step = 0
+        self.unrelated_drawn = 0
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to a tenth at the last step."""
+        recipe = self.recipe
+        if step < recipe.warmup:
+            return recipe.learning_rate * (step + 1) / recipe.warmup
+        part = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+        return recipe.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, index: int, item: Item, rng: random.Random) -> list[Row]:
+        """Student rows of one document: its questions, else its own text and what follows it."""
+        base, tokenizer = self.base, self.base.tokenizer
+        rows = []
+        for question in item.questions:
+            prompt = base.prompt.prompt_ids(tokenizer, question.text)
+            rows.append(Row(index, prompt + base.prompt.answer_ids(tokenizer, question.reply), len(prompt)))
+        if not item.questions:
+            sink, own = self.generator.encoder.sink, encode(tokenizer, item.text)
+            following = encode(tokenizer, item.following)
+            begin = rng.randrange(max(1, len(own) - _CONTINUED - 48))
+            piece = own[begin : begin + _CONTINUED + 48]
+            rows.append(Row(index, sink + piece, len(sink) + min(4, len(piece) - 1)))
+            if following:
+                rows.append(Row(index, sink + own[-_CONTINUED:] + following, len(sink) + len(own[-_CONTINUED:])))
+        return rows
+
+    def _unrelated_rows(self, documents: int) -> list[Row]:
+        if self.unrelated is None or self.recipe.unrelated is None:
+            return []
+        setting, rows = self.recipe.unrelated, []
+        for index in range(documents):
+            item, rng = self.unrelated.draw(self.unrelated_drawn)
+            self.unrelated_drawn += 1
+            if rng.random() >= setting.share:
+                continue
+            text, _ = window(self.base.tokenizer, item.text, rng, setting.tokens, 0)
+            sink = self.generator.encoder.sink
+            rows.append(Row(index, sink + encode(self.base.tokenizer, text), len(sink) + 1))
+        return [row for row in rows if len(row.ids) > row.start]
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step over `micro_batches` batches; returns its metrics (losses in nats per token)."""
+        recipe, model = self.recipe, self.base.model
+        micro = []
+        for _ in range(recipe.micro_batches):
+            drawn = [self.mix.draw() for _ in range(recipe.documents)]
+            rows = [row for index, (item, rng) in enumerate(drawn) for row in self._rows(index, item, rng)]
+            micro.append(([item for item, _ in drawn], rows, self._unrelated_rows(recipe.documents)))
+        # Divided by the labels of all micro-batches, so that the split changes nothing.
+        labels = sum(len(row.ids) - row.start for _, rows, _ in micro for row in rows)
+        others = sum(len(row.ids) - row.start for _, _, rows in micro for row in rows)
+        totals = {"loss": 0.0, "unrelated": 0.0}
+        for items, rows, unrelated in micro:
+            documents = [self.generator.encoder.tokenize(item.text) for item in items]
+            batch = collate(rows, self.base.device)
+            factors = self.generator.factors(documents)
+            with inject(model, factors, batch.documents):
+                task = cross_entropy(model, batch) / labels
+            loss: Tensor = task
+            totals["loss"] += float(task.detach())
+            if unrelated and recipe.unrelated:
+                batch = collate(unrelated, self.base.device)
+                with torch.no_grad():
+                    bare = label_logits(model, batch)
+                with inject(model, factors, batch.documents):
+                    drift = kl_from_bare(model, batch, bare) / others
+                totals["unrelated"] += float(drift.detach())
+                loss = loss + recipe.unrelated.weight * drift
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.generator.hypernet.parameters(), recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {**totals, "gradient_norm": float(norm), "labels": labels}
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self, on_metrics: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Train to the last step, saving on the way. Ctrl-C and SIGTERM save before they end the run."""
+        stop: list[int] = []
+        previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train")
+        try:
+            if self.step == 0:
+                self._evaluate(on_metrics)
+            while self.step < self.recipe.steps and not stop:
+                start = time.perf_counter()
+                metrics = self.train_step()
+                self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
+                last = self.step == self.recipe.steps
+                if self.step % self.recipe.evaluation.every == 0 or last:
+                    self._evaluate(on_metrics)
+                if self.step % self.recipe.save_every == 0 or last or stop:
+                    self.save()
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if stop:
+            raise KeyboardInterrupt
+        self.generator.save_pretrained(self.folder / "generator", force=True)
+
+    def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        for name, items in self.evaluation.items():
+            scores = score_controls(self.generator, items)
+            self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
+            tqdm.write(f"step {self.step} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+    def _log(self, record: dict[str, Any], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if on_metrics:
+            on_metrics(record)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write checkpoint/ next to the old one, then swap the names: a killed process leaves one of them whole."""
+        partial, final, old = (self.folder / n for n in ("checkpoint.partial", "checkpoint", "checkpoint.old"))
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(
+            {k: v.contiguous() for k, v in self.generator.state_dict().items()}, partial / "generator.safetensors"
+        )
+        moments = {
+            f"{index}.{name}": value
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        save_file(moments, partial / "optimizer.safetensors")
+        position = {
+            "step": self.step,
+            "drawn": self.mix.state,
+            "unrelated": self.unrelated_drawn,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        (partial / "position.json").write_text(json.dumps(position))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self) -> bool:
+        """Continue from the folder's checkpoint, if it has one. Raises InputError when it is of another recipe."""
+        folder = next((f for n in ("checkpoint", "checkpoint.old") if (f := self.folder / n).exists()), None)
+        if folder is None:
+            return False
+        position = json.loads((folder / "position.json").read_text())
+        now, then = self.recipe.model_dump(mode="json"), position["recipe"]
+        changed = [key for key in now if now[key] != then.get(key) and key not in _FREE]
+        if changed:
+            raise InputError(
+                f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
+            )
+        self.generator.load_state_dict(load_file(folder / "generator.safetensors"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step, self.mix.state, self.unrelated_drawn = position["step"], position["drawn"], position["unrelated"]
+        self._forget_metrics_after(self.step)
+        return True
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop the records of steps that will be repeated."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in lines))
+
+
+def calibration_texts(recipe: Recipe) -> list[str]:
+    """Text pieces for the sites' statistics, spread over the sources' documents."""
+    rng = random.Random(f"{recipe.seed}/calibration")
+    items = [item for source in recipe.calibration.sources for item in load(source)]
+    picked = rng.choices(items, k=recipe.calibration.texts)
+    pieces = []
+    for item in picked:
+        start = rng.randrange(max(1, len(item.text) - 6 * recipe.calibration.tokens))
+        pieces.append(item.text[start : start + 6 * recipe.calibration.tokens])
+    return pieces
