@@ -223,7 +223,7 @@ def load_base(
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": where}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         hint = f"; {nearest(name, EMBEDDED)}" if "/" not in name else ""

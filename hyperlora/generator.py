@@ -50,13 +50,13 @@ class GeneratorConfig(Settings):
 
     hypernet: str = "associative"
     options: dict[str, Any] = {}
-    rank: int = Field(64, gt=0)
+    rank: int = Field(default=64, gt=0)
     layers: list[int] | None = None
     layer_count: int = 8
     modules: list[str] | None = None
-    chunk_tokens: int = Field(512, gt=1)
-    moment_directions: int = Field(32, ge=0)
-    ridge: float = Field(0.05, gt=0)
+    chunk_tokens: int = Field(default=512, gt=1)
+    moment_directions: int = Field(default=32, ge=0)
+    ridge: float = Field(default=0.05, gt=0)
 
     def resolve_layers(self, total: int) -> list[int]:
         if self.layers is not None:
@@ -98,9 +98,9 @@ class Generator(nn.Module):
     @overload
     def generate(self, documents: str, clock: Clock | None = None) -> Patch: ...
     @overload
-    def generate(self, documents: Sequence[str], clock: Clock | None = None) -> list[Patch]: ...
+    def generate(self, documents: list[str] | tuple[str, ...], clock: Clock | None = None) -> list[Patch]: ...
     @torch.no_grad()
-    def generate(self, documents: str | Sequence[str], clock: Clock | None = None) -> Patch | list[Patch]:
+    def generate(self, documents: str | list[str] | tuple[str, ...], clock: Clock | None = None) -> Patch | list[Patch]:
         """The patch of a document, or those of a list of documents, in one forward pass.
 
         Args:

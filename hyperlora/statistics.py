@@ -87,29 +87,25 @@ def calibrate(
     moments = [torch.zeros(site.d_in, site.d_in, device=base.device) for site in sites]
     gains: list[list[Tensor]] = [[] for _ in sites]
     norms: list[list[Tensor]] = [[] for _ in sites]
+    probing: list[bool] = []  # non-empty while a layer runs a second time to measure its gain
     handles = []
 
     def watch(index: int, site: Site) -> None:
         module = base.model.get_submodule(site.path)
 
         def after_site(_: nn.Module, args: tuple, __: Any) -> None:
-            x = rearrange(args[0][:, 1:].float(), "batch tokens width -> (batch tokens) width")
-            moments[index] += einsum(x, x, "tokens i, tokens j -> i j")
+            if not probing:
+                x = rearrange(args[0][:, 1:].float(), "batch tokens width -> (batch tokens) width")
+                moments[index] += einsum(x, x, "tokens i, tokens j -> i j")
 
         def after_layer(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             norms[index].append(hidden[:, 1:].float().norm(dim=-1).flatten())
-            hook.remove()
+            probing.append(True)
             gains[index].append(residual_gain(block, module, args, kwargs, hidden))
-            listen()
+            probing.clear()
 
-        def listen() -> None:
-            nonlocal hook
-            hook = module.register_forward_hook(after_site)
-            handles.append(hook)
-
-        hook = module.register_forward_hook(after_site)
-        handles.append(hook)
+        handles.append(module.register_forward_hook(after_site))
         handles.append(blocks[site.layer].register_forward_hook(after_layer, with_kwargs=True))
 
     for index, site in enumerate(sites):

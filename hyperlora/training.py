@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from hyperlora.base_model import load_base
 from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
@@ -235,6 +236,29 @@ class Trainer:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in lines))
+
+
+def start(recipe: Recipe, folder: Path, name: str) -> Trainer:
+    """A trainer in `folder`, new or where its last checkpoint left it.
+
+    Raises:
+        InputError: the folder holds something else, or another recipe's run.
+    """
+    resuming = any((folder / checkpoint).exists() for checkpoint in ("checkpoint", "checkpoint.old"))
+    if folder.exists() and any(folder.iterdir()) and not resuming:
+        raise InputError(f"{folder} is not empty and holds no training run; choose another -o")
+    torch.manual_seed(recipe.seed)
+    base = load_base(recipe.base)
+    if recipe.start_from:
+        generator = Generator.from_pretrained(recipe.start_from, base).requires_grad_(True)
+        generator.name = name
+    else:
+        generator = Generator(base, recipe.generator, name)
+    trainer = Trainer(recipe, generator, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not trainer.resume() and not recipe.start_from:
+        generator.calibrate(calibration_texts(recipe), recipe.calibration.tokens)
+    return trainer
 
 
 def calibration_texts(recipe: Recipe) -> list[str]:

@@ -30,7 +30,8 @@ def answer(
 
     The swapped patch of a document is that of the next one in its batch of `documents`.
     """
-    base, replies = generator.base, {condition: [] for condition in conditions}  # type: dict[str, list[str]]
+    base = generator.base
+    replies: dict[str, list[str]] = {condition: [] for condition in conditions}
     batches = [list(items[i : i + documents]) for i in range(0, len(items), documents)]
     if len(batches) > 1 and len(batches[-1]) == 1:  # a document alone has no other patch beside it
         batches[-2:] = [batches[-2] + batches[-1]]

@@ -1,0 +1,59 @@
+"""The command line: one file per command. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+import logging
+import os
+import sys
+
+import typer
+
+import hyperlora
+from hyperlora.cli.ask import ask
+from hyperlora.cli.compose import compose
+from hyperlora.cli.evaluate import evaluate
+from hyperlora.cli.generate import generate
+from hyperlora.cli.inspect import inspect
+from hyperlora.cli.train import train
+from hyperlora.errors import HyperloraError
+
+app = typer.Typer(
+    name="hyperlora",
+    help="Turn documents into LoRA patches for a frozen language model.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+for command in (generate, ask, inspect, compose, train, evaluate):
+    app.command()(command)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"hyperlora {hyperlora.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_NO_TQDM", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point: expected failures become one line on stderr and an exit code."""
+    try:
+        app()
+    except HyperloraError as error:
+        fail(str(error), error.code)
+    except KeyboardInterrupt:
+        fail("interrupted; what was finished is kept", 130)
+    except OSError as error:
+        fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+
+
+def fail(message: str, code: int) -> None:
+    print(f"hyperlora: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,30 @@
+"""`hyperlora compose`: several patches become one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperlora.cli import options
+from hyperlora.errors import InputError
+from hyperlora.files import check_free
+
+
+def compose(
+    patches: Annotated[list[Path], typer.Argument(help="Patch directories for the same base.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    weights: Annotated[str | None, typer.Option(help="Weights, such as 1,0.5; default 1 each.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cap the rank; default: the exact sum of the ranks.")] = None,
+    force: options.Force = False,
+) -> None:
+    """Add patches up, weighted, into one PEFT adapter."""
+    from hyperlora.patch import Patch
+
+    check_free(output, force)
+    try:
+        numbers = [float(part) for part in weights.split(",")] if weights else None
+    except ValueError as error:
+        raise InputError(f"--weights {weights!r}: use numbers with commas between, such as 1,0.5") from error
+    composed = Patch.compose([Patch.load(path) for path in patches], numbers, rank)
+    composed.save(output, force)
+    print(f"{output}: {len(patches)} patches, rank {composed.rank}, {composed.nbytes / 1e6:.2f} MB")

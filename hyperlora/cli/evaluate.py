@@ -1,0 +1,40 @@
+"""`hyperlora evaluate`: a generator's answers beside their controls, with intervals."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperlora.cli import loading, options
+from hyperlora.errors import InputError
+from hyperlora.files import write_text
+
+
+def evaluate(
+    facts: Annotated[int | None, typer.Option(min=1, help="Invented facts per document.")] = None,
+    new_attributes: Annotated[bool, typer.Option(help="With --facts: attributes that no recipe trains on.")] = False,
+    qa: Annotated[str | None, typer.Option(help="A SQuAD-style source or file, one question per document.")] = None,
+    forgetting: Annotated[str | None, typer.Option(help="Text source on which the loss with a patch is taken.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Documents; default 500, or all of a source.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest document of --qa.")] = 200,
+    conditions: Annotated[str, typer.Option(help="Of none, full, patch, swapped.")] = "none,full,patch,swapped",
+    generator: options.GeneratorName = None,
+    base: options.Base = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Score a generator against full context, no context and another document's patch (95 % bootstrap intervals)."""
+    from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, table
+
+    if sum(choice is not None for choice in (facts, qa, forgetting)) != 1:
+        raise InputError("choose one of --facts N, --qa SOURCE and --forgetting SOURCE")
+    loaded = loading.load(generator, base, loading.base_options(device, dtype, None, False))
+    if forgetting is not None:
+        result = evaluate_forgetting(loaded, forgetting, items or 32)
+    else:
+        result = evaluate_answers(loaded, facts, new_attributes, qa, items, max_tokens, conditions.split(","))
+    if output is not None:
+        write_text(output, json.dumps(result, indent=1) + "\n")
+    print(table(result))

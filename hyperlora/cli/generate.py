@@ -1,0 +1,224 @@
+"""`hyperlora generate`: documents in, PEFT adapters out."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hyperlora.cli import loading, options
+from hyperlora.errors import InputError
+from hyperlora.files import check_free, decode_document, read_document, sha256, write_text
+
+if TYPE_CHECKING:
+    from hyperlora.generator import Generator
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to turn into the patch directory `id` (empty: the output itself)."""
+
+    id: str
+    text: str
+
+
+def generate(
+    inputs: Annotated[list[str], typer.Argument(help="Text files, a folder, a .jsonl corpus, or - for stdin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write: the patch, or one per document.")],
+    generator: options.GeneratorName = None,
+    base: options.Base = None,
+    batch: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 8,
+    shard: Annotated[str | None, typer.Option(help="i/n: only every n-th document, starting with the i-th.")] = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Turn documents into LoRA patches, one forward pass each.
+
+    One text file or stdin writes the patch to the output directory itself. Several files, a folder or a JSONL corpus
+    (lines with "id" and "text") write one patch directory per document and a manifest; run the same command again to
+    continue where it stopped.
+    """
+    documents = collect(inputs)
+    single = len(documents) == 1 and documents[0].id == ""
+    part = _part(shard)
+    if single:
+        check_free(output, force)
+    elif output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; choose a directory")
+    chosen = documents[part[0] - 1 :: part[1]]
+    loaded = loading.load(generator, base, loading.base_options(device, dtype, quantize, trust_remote_code))
+    if single:
+        records = list(_write(loaded, chosen, output.parent, output.name, batch, force))
+    else:
+        records = _corpus(loaded, chosen, output, batch, force, part)
+    if as_json:
+        print(json.dumps(records[0] if single else records))
+    else:
+        for record in records:
+            print(_line(record, loaded.base.attention))
+
+
+def collect(inputs: list[str]) -> list[Document]:
+    """The documents that the arguments name. Raises InputError for unreadable ones and for ids that repeat."""
+    if inputs == ["-"]:
+        return [Document("", decode_document(sys.stdin.buffer.read(), "standard input"))]
+    paths = [Path(name) for name in inputs]
+    if len(paths) == 1 and paths[0].is_file() and paths[0].suffix != ".jsonl":
+        return [Document("", read_document(paths[0]))]
+    documents: list[Document] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            documents += [Document(_folder_id(p.relative_to(path)), read_document(p)) for p in found]
+        elif path.suffix == ".jsonl":
+            documents += _jsonl(path)
+        else:
+            documents.append(Document(_folder_id(Path(path.name)), read_document(path)))
+    if not documents:
+        raise InputError(f"no documents in {', '.join(inputs)}")
+    seen: set[str] = set()
+    for document in documents:
+        if document.id in seen:
+            raise InputError(f"two documents are called {document.id!r}; give them different names")
+        seen.add(document.id)
+    return documents
+
+
+def _folder_id(path: Path) -> str:
+    return _checked("--".join(path.with_suffix("").parts), f"the file name {path}")
+
+
+def _checked(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not _ID.fullmatch(name):
+        raise InputError(f"{where}: id {name!r} cannot name a directory; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _jsonl(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(read_document(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            name, text = record["id"], record["text"]
+        except (ValueError, TypeError) as error:
+            raise InputError(f'{path}, line {number}: not a JSON object with "id" and "text"') from error
+        except KeyError as error:
+            raise InputError(f"{path}, line {number}: field {error} is missing") from error
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f'{path}, line {number}: "text" must be a string that is not empty')
+        yield Document(_checked(name, f"{path}, line {number}"), text)
+
+
+def _part(shard: str | None) -> tuple[int, int]:
+    if shard is None:
+        return 1, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--shard {shard!r}: use i/n with i from 1 to n, such as 1/4")
+    return int(match[1]), int(match[2])
+
+
+def _corpus(
+    generator: "Generator", documents: list[Document], output: Path, batch: int, force: bool, part: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Patches of many documents, skipping those that are there already, and the manifest of all of them."""
+    output.mkdir(parents=True, exist_ok=True)
+    done: dict[str, dict[str, Any]] = {}
+    waiting = []
+    for document in documents:
+        record = None if force else _finished(generator, document, output)
+        if record is None:
+            waiting.append(document)
+        else:
+            done[document.id] = record
+    name = "manifest.json" if part == (1, 1) else f"manifest-{part[0]}-of-{part[1]}.json"
+    try:
+        for record in _write(generator, waiting, output, None, batch, force):
+            done[record["id"]] = record
+    finally:
+        ordered = [done[document.id] for document in documents if document.id in done]
+        write_text(output / name, json.dumps(ordered, indent=1) + "\n")
+    return ordered
+
+
+def _finished(generator: "Generator", document: Document, output: Path) -> dict[str, Any] | None:
+    """The record of a patch that an earlier run wrote. Raises InputError when another text or generator made it."""
+    from hyperlora.patch import Patch
+
+    folder = output / document.id
+    if not folder.exists():
+        return None
+    patch = Patch.load(folder)
+    source = patch.provenance.documents[0]
+    same = source["sha256"] == sha256(document.text.encode())
+    if not same or patch.provenance.generator_hash != generator.provenance.generator_hash:
+        what = "text" if not same else "generator"
+        raise InputError(f"{folder} was made from another {what}; choose another output or pass --force")
+    return _record(document.id, folder, source["tokens"], patch.nbytes, generator, {})
+
+
+def _write(
+    generator: "Generator", documents: list[Document], parent: Path, name: str | None, batch: int, force: bool
+) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(documents), unit="document", disable=len(documents) < 2 or not sys.stderr.isatty())
+    for start in range(0, len(documents), batch):
+        group = documents[start : start + batch]
+        clock: dict[str, float] = {}
+        patches = generator.generate([document.text for document in group], clock)
+        for document, patch in zip(group, patches, strict=True):
+            began = time.perf_counter()
+            patch = patch.to(_half(generator))
+            folder = parent / (name or document.id)
+            patch.save(folder, force)
+            seconds = {key: value / len(group) for key, value in clock.items()}
+            seconds["write"] = time.perf_counter() - began
+            tokens = patch.provenance.documents[0]["tokens"]
+            yield _record(document.id, folder, tokens, patch.nbytes, generator, seconds)
+            bar.update()
+    bar.close()
+
+
+def _half(generator: "Generator") -> Any:
+    """Patches are stored in 16 bits: the base's own dtype, or float16 for a float32 base."""
+    import torch
+
+    dtype = generator.base.model.dtype
+    return dtype if dtype.itemsize == 2 else torch.float16
+
+
+def _record(
+    name: str, folder: Path, tokens: int, nbytes: int, generator: "Generator", seconds: dict[str, float]
+) -> dict[str, Any]:
+    base = generator.base
+    kv = tokens * base.kv_bytes_per_token * 2 // base.model.dtype.itemsize  # in 16 bits, as the patch is
+    return {
+        "id": name,
+        "path": str(folder),
+        "tokens": tokens,
+        "patch_bytes": nbytes,
+        "kv_bytes": kv,
+        "base": base.name,
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+    }
+
+
+def _line(record: dict[str, Any], attention: str) -> str:
+    times = ", ".join(f"{key} {value:.2f} s" for key, value in record["seconds"].items()) or "already there"
+    return (
+        f"{record['path']}: {record['tokens']} tokens read ({attention}); {times}; "
+        f"patch {record['patch_bytes'] / 1e6:.2f} MB, the KV cache it replaces {record['kv_bytes'] / 1e6:.2f} MB"
+    )

@@ -1,0 +1,139 @@
+"""What `hyperlora evaluate` measures: answers under controls, and forgetting on unrelated text."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from hyperlora.base_model import BaseModel
+from hyperlora.data.mix import window
+from hyperlora.data.sources import load
+from hyperlora.errors import InputError, nearest
+from hyperlora.evaluation.bootstrap import interval
+from hyperlora.evaluation.controls import CONDITIONS, answer
+from hyperlora.evaluation.items import fact_items, qa_items
+from hyperlora.evaluation.metrics import METRICS
+from hyperlora.generator import Generator
+from hyperlora.inject import inject
+from hyperlora.objectives import Batch, Row, collate, label_logits
+
+_BATCH = 16
+
+
+def evaluate_answers(
+    generator: Generator,
+    facts: int | None,
+    new_attributes: bool,
+    qa: str | None,
+    count: int | None,
+    max_tokens: int,
+    conditions: Sequence[str],
+) -> dict[str, Any]:
+    """Scores per condition, and patch minus swapped patch, each as [mean, low, high] over documents."""
+    for condition in conditions:
+        if condition not in CONDITIONS:
+            raise InputError(f"unknown condition {condition!r}; {nearest(condition, CONDITIONS)}")
+    if facts is not None:
+        items = fact_items(facts, count or 500, new_attributes)
+        name = f"{facts} facts" + (", new attributes" if new_attributes else "")
+    else:
+        assert qa is not None
+        items = qa_items(qa, generator.base, max_tokens, count)
+        name = f"{qa}, up to {max_tokens} tokens"
+    if len(items) < 2:
+        raise InputError(f"{name}: {len(items)} document(s); the swapped control needs at least two")
+    replies: dict[str, list[str]] = {condition: [] for condition in conditions}
+    groups = [items[i : i + _BATCH] for i in range(0, len(items), _BATCH)]
+    if len(groups[-1]) == 1:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    for group in tqdm(groups, unit="batch", desc=name):
+        for condition, texts in answer(generator, group, conditions, documents=2 * _BATCH).items():
+            replies[condition] += texts
+    owners = [index for index, item in enumerate(items) for _ in item.questions]
+    accepted = [question.accepted for item in items for question in item.questions]
+    scores: dict[str, dict[str, Any]] = {}
+    per_document: dict[tuple[str, str], list[float]] = {}
+    for condition in conditions:
+        for metric, function in METRICS.items():
+            sums, counts = [0.0] * len(items), [0] * len(items)
+            for owner, reply, answers in zip(owners, replies[condition], accepted, strict=True):
+                sums[owner] += function(reply, answers)
+                counts[owner] += 1
+            values = [total / number for total, number in zip(sums, counts, strict=True)]
+            per_document[condition, metric] = values
+            scores.setdefault(condition, {})[metric] = interval(values)
+    if {"patch", "swapped"} <= set(conditions):
+        for metric in METRICS:
+            pairs = zip(per_document["patch", metric], per_document["swapped", metric], strict=True)
+            scores.setdefault("patch - swapped", {})[metric] = interval([a - b for a, b in pairs])
+    return {
+        "task": name,
+        "documents": len(items),
+        "questions": len(accepted),
+        "generator": _origin(generator),
+        "scores": scores,
+    }
+
+
+def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: int = 256) -> dict[str, Any]:
+    """Loss (nats per token) on unrelated text, bare and with the patches of other documents on: `count` windows of
+    `tokens` tokens of the source, the patch of each made from another window of 160 tokens of another document."""
+    base, rng, items = generator.base, random.Random("forgetting"), load(source)
+    if len(items) < 2:
+        raise InputError(f"{source} has {len(items)} document(s); forgetting needs at least two")
+    picked = [rng.sample(items, 2) for _ in range(count)]
+    losses: dict[str, list[float]] = {"bare": [], "patch": []}
+    for start in tqdm(range(0, count, _BATCH), unit="batch", desc="forgetting"):
+        group = picked[start : start + _BATCH]
+        documents = [window(base.tokenizer, item.text, rng, 160, 0)[0] for item, _ in group]
+        texts = [window(base.tokenizer, item.text, rng, tokens, 0)[0] for _, item in group]
+        sink = generator.encoder.sink
+        ids = [sink + generator.encoder.tokenize(text) for text in texts]
+        batch = collate([Row(i, row, len(sink) + 1) for i, row in enumerate(ids)], base.device)
+        with torch.no_grad():
+            losses["bare"] += _row_losses(base, batch)
+            with inject(base.model, generator.factors([generator.encoder.tokenize(d) for d in documents])):
+                losses["patch"] += _row_losses(base, batch)
+    rise = [a - b for a, b in zip(losses["patch"], losses["bare"], strict=True)]
+    scores = {name: {"loss": interval(values)} for name, values in losses.items()}
+    scores["patch - bare"] = {"loss": interval(rise)}
+    return {
+        "task": f"unrelated text of {source}",
+        "documents": count,
+        "questions": count,
+        "generator": _origin(generator),
+        "scores": scores,
+    }
+
+
+def _row_losses(base: BaseModel, batch: Batch) -> list[float]:
+    losses = F.cross_entropy(label_logits(base.model, batch), batch.targets, reduction="none")
+    return [float(part.mean()) for part in losses.split(batch.labelled.sum(1).tolist())]
+
+
+def _origin(generator: Generator) -> dict[str, Any]:
+    origin = generator.provenance
+    return {
+        "name": origin.generator,
+        "hash": origin.generator_hash,
+        "rank": generator.config.rank,
+        "layers": len(generator.sites),
+        "base": origin.base,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as a Markdown table: mean [95 % interval]."""
+    metrics = list(next(iter(result["scores"].values())))
+    lines = [
+        f"{result['task']}: {result['documents']} documents, {result['questions']} questions",
+        f"| | {' | '.join(metrics)} |",
+        f"|---|{'---|' * len(metrics)}",
+    ]
+    for condition, values in result["scores"].items():
+        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in values.values()]
+        lines.append(f"| {condition} | {' | '.join(cells)} |")
+    return "\n".join(lines)
