@@ -1,11 +1,14 @@
 """An associative memory written into the weights: one or two (key, value) slots per document token and site.
 
-Keys follow the closed-form model editors (ROME, Meng et al. 2022, arXiv 2202.05262; MEMIT, arXiv 2210.07229): the
-module's own input, whitened by the second moment C of generic text, so that unrelated inputs barely match. Values are
-directions of the residual stream that raise a token's logit, plus a learned part. Untrained, the copy slots already
-form an n-gram memory of the document; training adjusts what is stored, how strongly, and under which key.
+Keys follow the closed-form model editors (ROME, Meng et al. 2022, arXiv 2202.05262; MEMIT, arXiv 2210.07229): for
+module inputs X (tokens, d_in) at the document's tokens, values V and the second moment C of generic text, the update
+that minimises |V - X W|^2 + ridge * tr(W^T C W) is W = K^T V with keys K = (X C^-1 X^T + ridge)^-1 X C^-1. Each key
+answers to its own token, little to the document's other tokens, and hardly to unrelated text. Values are directions
+of the residual stream that raise a token's logit, plus a learned part. Untrained, the copy slots already store the
+document nearly word for word; training adjusts what is stored, how strongly, and under which key.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperlora.hypernet.contract import Factors, Features, Hypernet
-from hyperlora.statistics import SiteStatistics
+from hyperlora.statistics import SecondMoment, SiteStatistics
 from hyperlora.structure import Site
 
 
@@ -23,15 +26,16 @@ class Associative(Hypernet):
 
     For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual norm |h| and gate g:
 
-    - copy: key C^-1 x_t / (x_t^T C^-1 x_t), value g |h| (c * e(t+1) + W z_t): after t comes t+1.
-    - pointer: key C^-1 k_t / sqrt(k_t^T C^-1 k_t) with k_t = W_k z_t, value g' |h| (c' * e(t) + W' z_t): a place
-      predicted from the document, such as the end of a question, selects t.
+    - copy: keys from x_t, values g |h| (c * e(t+1) + W z_t): after t comes t+1.
+    - pointer: keys from W_k z_t, values g' |h| (c' * e(t) + W' z_t): a place predicted from the document, such as
+      the end of a question, selects t.
 
     Args:
         sites: the modules to write to; each writes into the residual stream (d_out = `d_model`).
         width, depth, heads: of the transformer behind z.
         copy_scale, pointer_scale: initial c and c'.
         pointer: whether to add pointer slots.
+        ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Associative(Hypernet):
         pointer: bool = True,
         copy_scale: float = 0.15,
         pointer_scale: float = 0.02,
+        ridge: float = 1.0,
     ):
         super().__init__()
         self.mix = nn.Linear(4 * d_model, width)
@@ -53,21 +58,21 @@ class Associative(Hypernet):
         self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, gate_bias=2.0) for _ in sites)
         self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, gate_bias=-2.0) for _ in sites if pointer)
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointer)
+        self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
 
     def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:
         z = self._read(features)
         factors = []
         for index, (x, stat) in enumerate(zip(features.inputs, statistics, strict=True)):
-            toward = stat.moment.solve(x)  # (documents, tokens, d_in)
-            keys = [toward / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)]
+            ridge, mask = self.log_ridge[index].exp(), features.mask[..., None]
+            keys = [competing_keys(x * mask, stat.moment, ridge[0])]
             values = [self.copy[index](z, features.following)]
             if len(self.aim):
-                aim = self.aim[index](z)
-                toward = stat.moment.solve(aim)
-                keys.append(toward * (toward * aim).sum(-1, keepdim=True).clamp_min(1e-6).rsqrt())
+                aim = self.aim[index](z) * mask
+                size = (stat.moment.solve(aim) * aim).sum(-1, keepdim=True).clamp_min(1e-6)
+                keys.append(competing_keys(aim * (aim.shape[-1] / size).sqrt(), stat.moment, ridge[1]))
                 values.append(self.point[index](z, features.words))
-            mask = features.mask[..., None]
-            a = torch.cat([key * mask for key in keys], dim=1)  # (documents, slots, d_in)
+            a = torch.cat(keys, dim=1)  # (documents, slots, d_in)
             b = torch.cat([value * mask for value in values], dim=1) * (stat.residual_norm / stat.gain)
             factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))
         return factors
@@ -81,6 +86,14 @@ class Associative(Hypernet):
         for block in self.blocks:
             z = block(z, features.mask)
         return self.norm(z)
+
+
+def competing_keys(x: Tensor, moment: SecondMoment, ridge: Tensor) -> Tensor:
+    """(x C^-1 x^T + ridge * d_in)^-1 x C^-1 for x (documents, tokens, d_in), zero in padded rows; same shape."""
+    toward = moment.solve(x)
+    gram = toward @ x.mT  # (documents, tokens, tokens)
+    gram = gram + ridge * x.shape[-1] * torch.eye(x.shape[1], device=x.device)
+    return torch.cholesky_solve(toward, torch.linalg.cholesky(gram))
 
 
 class _Value(nn.Module):
