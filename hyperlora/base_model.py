@@ -163,7 +163,7 @@ def _converted(gguf: Path) -> Path:
         tokenizer.save_pretrained(partial)
         if not target.exists():
             partial.replace(target)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # the reader meets a damaged file with whatever it trips over first
         raise BaseNotFound(f"cannot read {gguf} as a GGUF model: {_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

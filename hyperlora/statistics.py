@@ -43,14 +43,13 @@ class SecondMoment(nn.Module):
         self.diagonal.copy_(rest.clamp_min(0) + ridge * moment.diagonal().mean())
 
     def solve(self, x: Tensor) -> Tensor:
-        """C^-1 x for x (..., d_in), by the Woodbury identity in float32."""
-        x = x.float()
-        y = x / self.diagonal
+        """C^-1 x for x (..., tokens, d_in), by the Woodbury identity in float32."""
+        y = x.float() / self.diagonal
         if not self.weight.numel():
             return y
         scaled = self.basis / self.diagonal[:, None]  # (d_in, directions)
-        core = torch.diag(1 / self.weight) + self.basis.T @ scaled  # (directions, directions)
-        return y - torch.linalg.solve(core, (y @ self.basis).mT if y.dim() > 1 else y @ self.basis).mT @ scaled.T
+        core = torch.diag(1 / self.weight) + self.basis.T @ scaled  # (directions, directions), symmetric
+        return y - torch.linalg.solve(core, y @ self.basis, left=False) @ scaled.T
 
     def factor(self, a: Tensor) -> Tensor:
         """F (..., rows, d_in + directions) with F F^T = a C a^T, for a (..., rows, d_in)."""
@@ -112,7 +111,7 @@ def calibrate(
         watch(index, site)
     try:
         for ids in texts:
-            base.model(input_ids=torch.tensor([ids], device=base.device), use_cache=False, logits_to_keep=1)
+            base.model.base_model(input_ids=torch.tensor([ids], device=base.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

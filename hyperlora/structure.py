@@ -98,13 +98,12 @@ def _site_names(block: nn.Module, hidden: int, modules: list[str] | None) -> lis
             raise UnsupportedBase(f"target modules {modules} not all found in a layer; it has {', '.join(linears)}")
         return names
     attention = [n for n, child in block.named_children() if _reads_attention(child)]
-    if not attention:
-        raise UnsupportedBase("a layer has no attention: recurrent and state-space bases cannot be patched")
     outputs = [n for n, (_, out) in linears.items() if out == hidden and n.split(".")[0] not in attention]
+    if not attention or not outputs:
+        raise UnsupportedBase("a layer has no attention with an MLP after it: recurrent bases cannot be patched")
     # A square MLP input would also write `hidden`; the output projection is the one that is registered last.
-    parents = {n.rpartition(".")[0] for n in outputs}
-    if len(parents) != 1:
-        raise UnsupportedBase(f"expected one MLP output per layer, found {outputs or 'none'}; is the base dense?")
+    if len({name.rpartition(".")[0] for name in outputs}) != 1:
+        raise UnsupportedBase(f"expected one MLP output per layer, found {outputs}; name the target modules")
     return outputs[-1:]
 
 

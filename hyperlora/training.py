@@ -30,7 +30,7 @@ from hyperlora.objectives import Row, collate, cross_entropy, kl_from_bare, labe
 from hyperlora.prompt import encode
 from hyperlora.recipe import Recipe
 
-_FREE = ("evaluation", "save_every")  # what a resumed recipe may change
+_FREE = ("evaluation", "save_every", "steps")  # what a resumed recipe may change
 _CONTINUED = 16  # tokens of text that a continuation row starts from
 
 

@@ -1,0 +1,116 @@
+"""Tiny random models of several architectures, a tiny tokenizer, and tiny generators for them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("HYPERLORA_DATA", None)
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from hyperlora.base_model import BaseModel
+from hyperlora.generator import Generator, GeneratorConfig
+
+TEXT = """The harbour master of Brenwick keeps a grey parrot called Admiral, and the parrot knows eleven songs.
+On Tuesdays the ferry to Oskmere leaves at nine, and nobody has ever seen it leave late.
+Maro the baker sells rye bread, plum cakes and a soup of smoked trout that people cross the lake for.
+When the lighthouse was built, its keeper planted four cherry trees; three of them still bear fruit.
+"""
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+_COMMON = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+CONFIGS = {
+    "llama": lambda v: LlamaConfig(vocab_size=v, num_key_value_heads=2, **_COMMON),
+    "qwen3": lambda v: Qwen3Config(vocab_size=v, num_key_value_heads=2, head_dim=8, **_COMMON),
+    "gemma3": lambda v: Gemma3TextConfig(
+        vocab_size=v, num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8, **_COMMON
+    ),
+    "mistral": lambda v: MistralConfig(vocab_size=v, num_key_value_heads=2, sliding_window=16, **_COMMON),
+    "phi3": lambda v: Phi3Config(vocab_size=v, num_key_value_heads=2, pad_token_id=0, **_COMMON),
+    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=4, n_head=4, n_positions=512),
+}
+OPTIONS = {"width": 16, "depth": 1, "heads": 2}
+
+
+def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=4096
+    )
+    if chat:
+        fast.chat_template = CHAT
+    return fast
+
+
+def make_base(kind: str = "llama", seed: int = 0, chat: bool = True) -> BaseModel:
+    tokenizer = make_tokenizer(chat)
+    torch.manual_seed(seed)
+    config = CONFIGS[kind](len(tokenizer))
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, 1
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    for parameter in model.parameters():  # random models are nearly linear at their own small initial scale
+        if parameter.dim() > 1:
+            parameter.data.mul_(3.0)
+    return BaseModel(f"tiny-{kind}", model, tokenizer)
+
+
+def make_generator(base: BaseModel, **settings: object) -> Generator:
+    torch.manual_seed(1)
+    settings = {"layers": [1, 3], "rank": 6, "moment_directions": 4, "options": OPTIONS, **settings}
+    generator = Generator(base, GeneratorConfig(**settings), "tiny")
+    generator.calibrate([TEXT, TEXT[::-1]])
+    for value in [*generator.hypernet.copy, *generator.hypernet.point]:  # leave the zero initialisation
+        torch.nn.init.normal_(value.learned.weight)
+        torch.nn.init.normal_(value.gate.weight, std=0.1)
+    return generator.eval()
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def any_base(request: pytest.FixtureRequest) -> BaseModel:
+    return make_base(request.param)
+
+
+@pytest.fixture
+def base() -> BaseModel:
+    return make_base()
+
+
+@pytest.fixture
+def generator(base: BaseModel) -> Generator:
+    return make_generator(base)
+
+
+@pytest.fixture
+def documents() -> list[str]:
+    return TEXT.strip().splitlines()
+
+
+@pytest.fixture(scope="session")
+def tiny_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Directories of a saved tiny base and of a generator for it."""
+    root = tmp_path_factory.mktemp("tiny")
+    base = make_base()
+    base.model.save_pretrained(root / "base")
+    base.tokenizer.save_pretrained(root / "base")
+    base.name = str(root / "base")
+    make_generator(base).save_pretrained(root / "generator")
+    return str(root / "base"), str(root / "generator")

@@ -1,0 +1,146 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from hyperlora.base_model import BaseModel
+from hyperlora.errors import BaseMismatch, InputError
+from hyperlora.inject import patched
+from hyperlora.patch import WEIGHTS, Patch
+
+from .conftest import make_base, make_generator
+
+
+@pytest.fixture
+def patch(base: BaseModel, documents: list[str]) -> Patch:
+    return make_generator(base).generate(documents[0])
+
+
+def test_peft_gives_the_same_logits(any_base: BaseModel, documents: list[str], tmp_path: Path) -> None:
+    patch = make_generator(any_base).generate(documents[0])
+    patch.save(tmp_path / "patch")
+    ids = torch.randint(3, 200, (2, 11))
+    bare = any_base.model(ids).logits
+    with patched(any_base.model, Patch.load(tmp_path / "patch")):
+        ours = any_base.model(ids).logits
+    assert (ours - bare).abs().max() > 0.01
+    any_base.model.load_adapter(str(tmp_path / "patch"))
+    torch.testing.assert_close(any_base.model(ids).logits, ours, rtol=1e-4, atol=1e-4)
+    fresh = make_base(any_base.name.removeprefix("tiny-"))
+    loaded = PeftModel.from_pretrained(fresh.model, str(tmp_path / "patch"))
+    torch.testing.assert_close(loaded(ids).logits, ours, rtol=1e-4, atol=1e-4)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_knows_every_key(base: BaseModel, patch: Patch, tmp_path: Path) -> None:
+    patch.save(tmp_path / "patch")
+    model = PeftModel.from_pretrained(base.model, str(tmp_path / "patch"))
+    result = model.load_adapter(str(tmp_path / "patch"), adapter_name="again")
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora" in key]
+    config = json.loads((tmp_path / "patch" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == patch.rank and not config["rank_pattern"]
+
+
+def test_save_and_load_keep_everything(patch: Patch, tmp_path: Path) -> None:
+    half = patch.to(torch.bfloat16)
+    half.save(tmp_path / "patch")
+    loaded = Patch.load(tmp_path / "patch")
+    assert loaded.provenance == patch.provenance and loaded.dtype == torch.bfloat16
+    assert loaded.nbytes == half.nbytes == patch.nbytes // 2
+    for path, (a, b) in half.factors.items():
+        assert torch.equal(loaded.factors[path][0], a) and torch.equal(loaded.factors[path][1], b)
+    document = loaded.provenance.documents[0]
+    assert document["tokens"] > 2 and len(document["sha256"]) == 64
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["patch"]
+
+
+def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> None:
+    one, two = make_generator(base).generate(documents[:2])
+    both = Patch.compose([one, two], [1.0, -0.5])
+    for path in one.factors:
+        delta = [p.factors[path][1] @ p.factors[path][0] for p in (one, two, both)]
+        torch.testing.assert_close(delta[2], delta[0] - 0.5 * delta[1], rtol=1e-4, atol=1e-5)
+    assert [d["weight"] for d in both.provenance.documents] == [1.0, -0.5]
+    assert Patch.compose([one, two], rank=4).rank == 4
+    with pytest.raises(InputError, match="as many weights"):
+        Patch.compose([one, two], [1.0])
+
+
+def test_another_base_is_an_error_that_names_both(patch: Patch, base: BaseModel, documents: list[str]) -> None:
+    other = make_base(seed=7)
+    with pytest.raises(BaseMismatch, match=r"made for base tiny-llama .* not for"), patched(other.model, patch):
+        pass
+    with pytest.raises(BaseMismatch):
+        patch.merge(other.model)
+    with pytest.raises(BaseMismatch):
+        Patch.compose([patch, make_generator(other).generate(documents[0])])
+
+
+def test_existing_output_is_kept_unless_forced(patch: Patch, tmp_path: Path) -> None:
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "precious").write_text("mine")
+    with pytest.raises(InputError, match="--force"):
+        patch.save(tmp_path / "patch")
+    assert (tmp_path / "patch" / "precious").read_text() == "mine"
+    patch.save(tmp_path / "patch", force=True)
+    assert Patch.load(tmp_path / "patch").rank == patch.rank
+
+
+def test_full_disk_leaves_the_old_patch(patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch.save(tmp_path / "patch")
+    before = (tmp_path / "patch" / WEIGHTS).read_bytes()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hyperlora.patch.save_file", full)
+    with pytest.raises(InputError, match="No space left"):
+        patch.to(torch.float16).save(tmp_path / "patch", force=True)
+    assert (tmp_path / "patch" / WEIGHTS).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["patch"]
+
+
+def test_damaged_patches_are_refused(patch: Patch, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a hyperlora patch"):
+        Patch.load(tmp_path / "nothing")
+    whole = tmp_path / "whole"
+    patch.save(whole)
+    tensors = load_file(whole / WEIGHTS)
+    key = next(k for k in tensors if "lora_B" in k)
+
+    def variant(name: str, change: object) -> Path:
+        shutil.copytree(whole, tmp_path / name)
+        save_file({**tensors, key: change}, tmp_path / name / WEIGHTS)  # type: ignore[dict-item]
+        return tmp_path / name
+
+    with pytest.raises(InputError, match="shapes"):
+        Patch.load(variant("shape", torch.zeros(32, patch.rank + 1)))
+    with pytest.raises(InputError, match="non-finite"):
+        Patch.load(variant("nan", torch.full_like(tensors[key], float("nan"))))
+    (whole / WEIGHTS).write_bytes((whole / WEIGHTS).read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged"):
+        Patch.load(whole)
+    a, b = next(iter(patch.factors.values()))
+    with pytest.raises(InputError, match="non-finite"):
+        Patch({"x": (a * float("inf"), b)}, patch.provenance).save(tmp_path / "inf")
+    assert not (tmp_path / "inf").exists()
+
+
+def test_push_uploads_the_directory(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[str]] = {}
+
+    class Hub:
+        def __init__(self, token: str | None) -> None: ...
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None: ...
+        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+            seen[repo_id] = sorted(p.name for p in folder_path.iterdir())
+            return f"https://example.org/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert patch.push_to_hub("me/patch") == "https://example.org/me/patch"
+    assert {"adapter_config.json", WEIGHTS, "hyperlora.json"} <= set(seen["me/patch"])

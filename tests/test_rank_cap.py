@@ -1,0 +1,44 @@
+import torch
+
+from hyperlora.rank_cap import cap_rank
+
+from .test_statistics import fitted
+
+
+def test_cap_is_the_best_approximation_for_typical_inputs() -> None:
+    moment = fitted()
+    torch.manual_seed(1)
+    for rows in (12, 40):  # fewer and more rows than d_out
+        a, b = torch.randn(rows, 24), torch.randn(16, rows)
+        small_a, small_b = cap_rank(a, b, 5, moment)
+        root = torch.linalg.cholesky(moment.dense().double())
+        u, s, vh = torch.linalg.svd((b @ a).double() @ root, full_matrices=False)
+        best = (u[:, :5] * s[:5]) @ vh[:5]
+        torch.testing.assert_close((small_b @ small_a).double() @ root, best, rtol=1e-3, atol=1e-3 * float(s[0]))
+
+
+def test_cap_without_a_metric_is_the_truncated_svd() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 9, 24), torch.randn(2, 16, 9)
+    small_a, small_b = cap_rank(a, b, 4)
+    u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
+    torch.testing.assert_close(small_b @ small_a, (u[..., :4] * s[:, None, :4]) @ vh[:, :4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(small_a.norm(dim=-1), small_b.norm(dim=-2))
+
+
+def test_small_ranks_pass_unchanged_and_zero_padding_changes_nothing() -> None:
+    moment = fitted()
+    a, b = torch.randn(1, 6, 24), torch.randn(1, 16, 6)
+    assert cap_rank(a, b, 6, moment) == (a, b)
+    pad_a, pad_b = torch.cat([a, torch.zeros(1, 3, 24)], 1), torch.cat([b, torch.zeros(1, 16, 3)], 2)
+    small, padded = cap_rank(a, b, 4, moment), cap_rank(pad_a, pad_b, 4, moment)
+    torch.testing.assert_close(small[1] @ small[0], padded[1] @ padded[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_reaches_both_factors_and_is_finite_at_equal_singular_values() -> None:
+    a = torch.eye(6).requires_grad_()
+    b = torch.eye(6).requires_grad_()
+    small_a, small_b = cap_rank(a, b, 3)
+    (small_b @ small_a).square().sum().backward()
+    for factor in (a, b):
+        assert factor.grad is not None and torch.isfinite(factor.grad).all() and factor.grad.norm() > 0

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
+
+from hyperlora.base_model import BaseModel
+from hyperlora.structure import UnsupportedBase, find_sites, is_transposed
+
+from .conftest import make_base, make_generator
+
+OUTPUTS = {
+    "llama": "model.layers.2.mlp.down_proj",
+    "qwen3": "model.layers.2.mlp.down_proj",
+    "gemma3": "model.layers.2.mlp.down_proj",
+    "mistral": "model.layers.2.mlp.down_proj",
+    "phi3": "model.layers.2.mlp.down_proj",
+    "gpt2": "transformer.h.2.mlp.c_proj",
+}
+
+
+def test_mlp_output_is_found_by_structure(any_base: BaseModel) -> None:
+    site = find_sites(any_base.model, [2])[0]
+    assert site.path == OUTPUTS[any_base.name.removeprefix("tiny-")]
+    assert (site.d_in, site.d_out) == ((128, 32) if "gpt2" in any_base.name else (48, 32))
+    assert is_transposed(any_base.model.get_submodule(site.path)) == ("gpt2" in any_base.name)
+
+
+def test_modules_can_be_named_by_the_end_of_their_path() -> None:
+    model = make_base().model
+    sites = find_sites(model, [0, 3], ["o_proj", "mlp.down_proj"])
+    assert [s.path.split(".", 2)[2] for s in sites] == [
+        "0.self_attn.o_proj", "0.mlp.down_proj", "3.self_attn.o_proj", "3.mlp.down_proj",
+    ]  # fmt: skip
+    with pytest.raises(UnsupportedBase, match="not all found"):
+        find_sites(model, [0], ["no_such_proj"])
+    with pytest.raises(UnsupportedBase, match="layers 0 to 3"):
+        find_sites(model, [4])
+
+
+def test_experts_and_recurrent_models_are_refused() -> None:
+    experts = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedBase, match="mixture of experts"):
+        find_sites(AutoModelForCausalLM.from_config(experts))
+    recurrent = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(UnsupportedBase, match="recurrent"):
+        find_sites(AutoModelForCausalLM.from_config(recurrent))
+
+
+def test_gain_is_one_without_and_measured_with_a_post_norm() -> None:
+    for statistic in make_generator(make_base("llama")).statistics:
+        torch.testing.assert_close(statistic.gain, torch.ones_like(statistic.gain), atol=1e-3, rtol=0)
+    base = make_base("gemma3")
+    base.model.model.layers[3].post_feedforward_layernorm.weight.data.fill_(1.0)  # Gemma adds one: a gain of two
+    halved = make_generator(base).statistics[1].gain.clone()
+    base.model.model.layers[3].post_feedforward_layernorm.weight.data.fill_(3.0)
+    assert torch.allclose(make_generator(base).statistics[1].gain / halved, torch.tensor(2.0), rtol=0.1)
