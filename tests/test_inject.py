@@ -72,8 +72,8 @@ def test_gradient_under_activation_checkpointing(base: BaseModel, documents: lis
         with inject(base.model, used):
             base.model(ids, labels=ids, use_cache=False).loss.backward()
         if leaves:  # a reentrant checkpoint runs backward once per layer, so the graph behind A and B comes last
-            ends = [(t, leaf.grad) for p in factors for t, leaf in zip(factors[p], used[p], strict=True)]
-            torch.autograd.backward([t for t, _ in ends], [g for _, g in ends])
+            pairs = [(t, leaf.grad) for p in factors for t, leaf in zip(factors[p], used[p], strict=True)]
+            torch.autograd.backward(*zip(*[pair for pair in pairs if pair[0].requires_grad], strict=True))
         return [p.grad.clone() for p in generator.hypernet.parameters()]
 
     plain = gradients(leaves=False)

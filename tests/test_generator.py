@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hyperlora.base_model import BaseModel
+from hyperlora.errors import BaseMismatch, InputError
+from hyperlora.generator import CONFIG, WEIGHTS, Generator
+from hyperlora.patch import Patch
+
+from .conftest import make_base, make_generator
+
+
+def delta(patch: Patch) -> torch.Tensor:
+    return torch.stack([b @ a for a, b in patch.factors.values()])
+
+
+def same(one: Patch, other: Patch) -> None:
+    torch.testing.assert_close(delta(one), delta(other), rtol=0, atol=1e-5 * float(delta(one).abs().max()))
+
+
+def test_a_patch_depends_on_its_document_alone(any_base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(any_base)
+    together = generator.generate(documents)
+    permuted = generator.generate(documents[::-1])[::-1]
+    for document, one, other in zip(documents, together, permuted, strict=True):
+        alone = generator.generate(document)
+        same(alone, one)
+        same(alone, other)
+        same(alone, generator.generate(document))
+    assert (delta(together[0]) - delta(together[1])).abs().max() > 0.1 * delta(together[0]).abs().max()
+
+
+def test_rank_is_capped_and_short_documents_stay_below(generator: Generator, documents: list[str]) -> None:
+    assert generator.generate(documents[0]).rank == 6
+    assert generator.generate("a b").rank <= 6
+
+
+def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str]) -> None:
+    """Folding chunk by chunk loses nothing while the working rank holds every slot."""
+    generator = make_generator(base, rank=64, chunk_tokens=20)
+    ids = generator.encoder.tokenize(" ".join(documents))[:60]
+    chunks = generator.encoder.chunks(ids)
+    assert len(chunks) == 3
+    folded = generator.factors([ids])
+    parts = [generator.factors([chunk]) for chunk in chunks]
+    for path, (a, b) in folded.items():
+        whole = sum(part[path][1] @ part[path][0] for part in parts)
+        best = torch.linalg.matrix_rank(whole[0]).item()
+        assert best <= 32  # the width of the model: rank 64 is exact
+        torch.testing.assert_close(b @ a, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_save_and_load(generator: Generator, documents: list[str], tmp_path: Path) -> None:
+    generator.save_pretrained(tmp_path / "g")
+    one, two = (Generator.from_pretrained(tmp_path / "g", generator.base) for _ in range(2))
+    assert one.provenance == two.provenance
+    same(one.generate(documents[0]), two.generate(documents[0]))
+    rounded, exact = delta(one.generate(documents[0])), delta(generator.generate(documents[0]))
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+    with pytest.raises(InputError, match="--force"):
+        generator.save_pretrained(tmp_path / "g")
+
+
+def test_another_base_is_refused(generator: Generator, tmp_path: Path) -> None:
+    generator.save_pretrained(tmp_path / "g")
+    with pytest.raises(BaseMismatch, match=r"tiny-llama .* not for tiny-llama"):
+        Generator.from_pretrained(tmp_path / "g", make_base(seed=5))
+
+
+def test_damaged_generators_are_refused(generator: Generator, tmp_path: Path) -> None:
+    folder = tmp_path / "g"
+    generator.save_pretrained(folder)
+    with pytest.raises(InputError, match="no generator at"):
+        Generator.from_pretrained(tmp_path / "none")
+    whole = (folder / WEIGHTS).read_bytes()
+    tensors = load_file(folder / WEIGHTS)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, folder / WEIGHTS)
+    with pytest.raises(InputError, match="non-finite"):
+        Generator.from_pretrained(folder, generator.base)
+    save_file({**tensors, name: torch.zeros(3)}, folder / WEIGHTS)
+    with pytest.raises(InputError, match="does not fit"):
+        Generator.from_pretrained(folder, generator.base)
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="no usable generator"):
+        Generator.from_pretrained(folder, generator.base)
+    (folder / WEIGHTS).write_bytes(whole)
+    record = json.loads((folder / CONFIG).read_text())
+    record["generator"]["rank"] = "many"
+    (folder / CONFIG).write_text(json.dumps(record))
+    with pytest.raises(InputError, match="no usable generator"):
+        Generator.from_pretrained(folder, generator.base)
+
+
+def test_non_finite_patches_are_not_handed_out(generator: Generator, documents: list[str]) -> None:
+    generator.hypernet.copy[0].scale.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="non-finite"):
+        generator.generate(documents[0])
+
+
+def test_bfloat16_base(documents: list[str]) -> None:
+    base = make_base()
+    exact = make_generator(base).generate(documents[0])
+    half = make_base()
+    half.model.to(torch.bfloat16)
+    close = make_generator(half).generate(documents[0])
+    assert (delta(close) - delta(exact)).norm() < 0.3 * delta(exact).norm()

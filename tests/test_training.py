@@ -1,0 +1,170 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperlora.base_model import BaseModel
+from hyperlora.data.overlap import Overlap
+from hyperlora.errors import InputError
+from hyperlora.recipe import Recipe, read_recipe
+from hyperlora.training import Trainer, start
+
+from .conftest import OPTIONS, TEXT, make_base, make_generator
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    (tmp_path / "qa.jsonl").write_text(
+        "".join(
+            json.dumps({"id": str(i), "context": line, "qas": [{"question": "Who is it?", "answers": ["Maro"]}]}) + "\n"
+            for i, line in enumerate(TEXT.strip().splitlines())
+        )
+    )
+    text = [str(tmp_path / "text.txt")]
+    return Recipe.model_validate(
+        {
+            "steps": 6,
+            "documents": 3,
+            "save_every": 3,
+            "warmup": 1,
+            "learning_rate": 3e-3,
+            "generator": {"layers": [1, 3], "rank": 8, "moment_directions": 4, "options": OPTIONS},
+            "calibration": {"sources": text, "texts": 2, "tokens": 64},
+            "mix": [
+                {"task": "facts", "facts": [2, 3]},
+                {"task": "qa", "sources": [str(tmp_path / "qa.jsonl")]},
+                {"task": "text", "sources": text, "tokens": [20, 40], "following": 8},
+            ],
+            "unrelated": {"sources": text, "tokens": 16, "share": 0.5},
+            "evaluation": {"every": 100, "items": 4, "facts": [2]},
+        }
+    )
+
+
+def trainer(recipe: Recipe, folder: Path, base: BaseModel | None = None) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    return Trainer(recipe, make_generator(base or make_base(), **recipe.generator.model_dump()), folder)
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> None:
+    trainer(recipe, tmp_path / "whole").run()
+    interrupted = trainer(recipe, tmp_path / "parts")
+
+    def interrupt(record: dict[str, object]) -> None:
+        if record.get("step") == 4 and "loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(interrupt)
+    resumed = trainer(recipe, tmp_path / "parts")
+    assert resumed.resume() and resumed.step == 4
+    resumed.run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = ((tmp_path / n / "generator" / "model.safetensors").read_bytes() for n in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_a_killed_run_repeats_the_lost_steps(recipe: Recipe, tmp_path: Path) -> None:
+    first = trainer(recipe, tmp_path / "run")
+
+    def die(record: dict[str, object]) -> None:
+        if record.get("step") == 5 and "loss" in record:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        first.run(die)
+    before = losses(tmp_path / "run")
+    assert len(before) == 5
+    (tmp_path / "run" / "checkpoint").rename(tmp_path / "run" / "checkpoint.old")  # killed between two renames
+    again = trainer(recipe, tmp_path / "run")
+    assert again.resume() and again.step == 3
+    again.run()
+    assert losses(tmp_path / "run")[:5] == before and len(losses(tmp_path / "run")) == 6
+
+
+def test_training_lowers_the_loss(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.mix, recipe.steps = recipe.mix[1:2], 30
+    run = trainer(recipe, tmp_path / "run")
+    history = [run.train_step()["loss"] for _ in range(30)]
+    assert history[-1] < 0.92 * history[0]
+
+
+def test_micro_batches_divide_by_all_labels(recipe: Recipe, tmp_path: Path) -> None:
+    """Gradients of two micro-batches of three documents equal those of one batch of six."""
+    gradients = []
+    for documents, micro in ((6, 1), (3, 2)):
+        changed = recipe.model_copy(update={"documents": documents, "micro_batches": micro, "clip": 1e9})
+        run = trainer(changed, tmp_path / str(micro))
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        caught: list[torch.Tensor] = []
+        run.optimizer.register_step_pre_hook(
+            lambda o, *_, c=caught: c.extend(p.grad.clone() for g in o.param_groups for p in g["params"])
+        )
+        run.train_step()
+        gradients.append(caught)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-6)
+
+
+def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    base = make_base()
+    before = base.fingerprint
+    trainer(recipe, tmp_path / "run", base).run()
+    del base.fingerprint
+    assert base.fingerprint == before
+    other = recipe.model_copy(update={"learning_rate": 1.0})
+    with pytest.raises(InputError, match="learning_rate differ"):
+        trainer(other, tmp_path / "run").resume()
+
+
+def test_start_refuses_a_folder_of_something_else(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        start(recipe, tmp_path / "full", "x")
+
+
+def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.evaluation.qa = [str(tmp_path / "qa.jsonl")]
+    with pytest.raises(Overlap, match="also stand in the training data"):
+        trainer(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("step: 3", "unknown key 'step'; did you mean 'steps'"),
+        ("steps: many", "steps: Input should be a valid integer"),
+        ("generator: {rnak: 3}", "did you mean 'rank'"),
+        ("mix: [{task: facts, fact: [1, 2]}]", "did you mean 'facts'"),
+        ("mix: [{task: fcats}]", "mix.0"),
+        ("mix: []", "mix"),
+        ("[1, 2]", "not a recipe"),
+        ("steps: [", "not valid YAML"),
+    ],
+)
+def test_wrong_recipes_say_what_to_change(tmp_path: Path, change: str, message: str) -> None:
+    good = {"steps": "steps: 3", "calibration": "calibration: {sources: [c4]}", "mix": "mix: [{task: facts}]"}
+    good[change.split(":")[0]] = change
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(good.values()) if not change.startswith("[") else change)
+    with pytest.raises(InputError, match=r"recipe\.yaml") as caught:
+        read_recipe(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shipped_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "train").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        read_recipe(path)
