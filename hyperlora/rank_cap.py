@@ -24,12 +24,19 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     if a.shape[-2] <= rank:
         return a, b
     with torch.no_grad():
-        q, r = torch.linalg.qr(b.float())  # (..., d_out, k), (..., k, rows)
-        core = r @ (a.float() if moment is None else moment.factor(a.float()))  # (..., k, d_in + directions)
-        vectors = torch.linalg.eigh(core @ core.mT).eigenvectors.flip(-1)[..., :rank]
-        u = q @ vectors  # (..., d_out, rank)
+        root = a.float() if moment is None else moment.factor(a.float())  # (..., rows, d_in + directions)
+        if b.shape[-1] < b.shape[-2]:
+            q, r = torch.linalg.qr(b.float())  # (..., d_out, rows), (..., rows, rows)
+            u = q @ _leading(r @ root, rank)
+        else:
+            u = _leading(b.float() @ root, rank)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
     balance = reduced.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
     return reduced / balance, u * balance.mT
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """Leading `rank` left singular vectors of (..., n, m), strongest first."""
+    return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(-1)[..., :rank]

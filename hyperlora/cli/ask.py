@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from hyperlora.files import read_document
 
 def ask(
     patches: Annotated[list[Path], typer.Argument(help="Patch directories; several are added up.")],
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    questions: Annotated[list[str], typer.Option("--question", "-q", help="What to ask; may be given again.")],
     compare: Annotated[bool, typer.Option("--compare", help="Show the answers without and with the patch.")] = False,
     document: Annotated[Path | None, typer.Option(help="With --compare: the full document in the prompt too.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
@@ -24,7 +24,7 @@ def ask(
     quantize: options.Quantize = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Ask the frozen base model a question with one or more patches on."""
+    """Ask the frozen base model questions with one or more patches on."""
     from hyperlora.base_model import load_base
     from hyperlora.evaluation.answers import greedy
     from hyperlora.inject import patched
@@ -37,19 +37,26 @@ def ask(
     loaded = load_base(
         base or patch.provenance.base, **loading.base_options(device, dtype, quantize, trust_remote_code)
     )
-    prompt = loaded.prompt.prompt_ids(loaded.tokenizer, question)
-    answers = {}
+    prompts = [loaded.prompt.prompt_ids(loaded.tokenizer, question) for question in questions]
+    answers: dict[str, list[str]] = {}
     if compare:
-        answers["none"] = greedy(loaded, [prompt], max_new_tokens)[0]
+        answers["none"] = greedy(loaded, prompts, max_new_tokens)
         if text is not None:
-            full = loaded.prompt.prompt_ids(loaded.tokenizer, question, text)
-            answers["document"] = greedy(loaded, [full], max_new_tokens)[0]
+            full = [loaded.prompt.prompt_ids(loaded.tokenizer, question, text) for question in questions]
+            answers["document"] = greedy(loaded, full, max_new_tokens)
     with patched(loaded.model, patch):
-        answers["patch"] = greedy(loaded, [prompt], max_new_tokens)[0]
+        answers["patch"] = greedy(loaded, prompts, max_new_tokens)
+    records: list[dict[str, Any]] = [
+        {"question": question, "answers": {name: replies[index] for name, replies in answers.items()}}
+        for index, question in enumerate(questions)
+    ]
     if as_json:
-        print(json.dumps({"question": question, "answers": answers}))
-    elif compare:
-        for name, answer in answers.items():
-            print(f"{name + ':':<10}{answer}")
-    else:
-        print(answers["patch"])
+        print(json.dumps(records))
+        return
+    for record in records:
+        if not compare:
+            print(record["answers"]["patch"])
+            continue
+        print(f"\n{record['question']}")
+        for name, reply in record["answers"].items():
+            print(f"  {name + ':':<10}{reply}")

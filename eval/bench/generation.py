@@ -1,0 +1,107 @@
+"""Speed and memory of patch generation, as ratios within one run.
+
+    python eval/bench/generation.py
+
+Prints (1) the time to generate the patch of a 500-token document over one plain cached prefill of it, median of
+interleaved pairs, loading excluded; (2) the log-log slope of the time and the growth of peak memory above the loaded
+model from 1k to 16k tokens, each length in a process of its own.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from hyperlora.generator import Generator
+
+
+def document(generator: Generator, tokens: int) -> list[int]:
+    words = [
+        "The",
+        "keeper",
+        "of",
+        "the",
+        "tower",
+        "wrote",
+        "in",
+        "the",
+        "log",
+        "that",
+        "the",
+        "ship",
+        "had",
+        "passed",
+        "the",
+        "rock",
+        "in",
+        "fog",
+        "at",
+        "noon",
+        "on",
+        "day",
+    ]
+    text = " ".join(f"{word} {index}" for index, word in zip(range(tokens), words * (tokens // 20 + 1), strict=False))
+    return generator.encoder.tokenize(text)[:tokens]
+
+
+@torch.no_grad()
+def ratio(generator: Generator, tokens: int, pairs: int) -> dict[str, float]:
+    ids = document(generator, tokens)
+    prompt = torch.tensor([ids], device=generator.base.device)
+    parts: dict[str, float] = {}
+    times: dict[str, list[float]] = {"prefill": [], "generate": []}
+    for pair in range(pairs + 1):  # the first pair warms up
+        start = time.perf_counter()
+        generator.base.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        middle = time.perf_counter()
+        generator.factors([ids], parts if pair else None)
+        if pair:
+            times["prefill"].append(middle - start)
+            times["generate"].append(time.perf_counter() - middle)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    pieces = {f"{name}_mean": value / pairs for name, value in parts.items()}
+    return {"tokens": tokens, **seconds, **pieces, "ratio": seconds["generate"] / seconds["prefill"]}
+
+
+@torch.no_grad()
+def long_document(generator: Generator, tokens: int) -> dict[str, float]:
+    ids = document(generator, tokens)
+    generator.factors([ids[:64]])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    generator.factors([ids])
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"tokens": tokens, "seconds": seconds, "peak_mib": (after - before) / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generator")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--length", type=int, help="internal: measure one length and print JSON")
+    options = parser.parse_args()
+    if options.length:
+        print(json.dumps(long_document(Generator.from_pretrained(options.generator), options.length)))
+        return
+    print(json.dumps(ratio(Generator.from_pretrained(options.generator), 500, options.pairs)))
+    command = [sys.executable, __file__] + (["--generator", options.generator] if options.generator else [])
+    rows = []
+    for length in (1024, 2048, 4096, 8192, 16384):
+        out = subprocess.run([*command, "--length", str(length)], check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(out.stdout.splitlines()[-1]))
+        print(json.dumps(rows[-1]))
+    x = [math.log(row["tokens"]) for row in rows]
+    y = [math.log(row["seconds"]) for row in rows]
+    slope = statistics.covariance(x, y) / statistics.variance(x)
+    print(json.dumps({"slope": slope, "memory_16k_over_1k": rows[-1]["peak_mib"] / rows[0]["peak_mib"]}))
+
+
+if __name__ == "__main__":
+    main()

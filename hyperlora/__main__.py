@@ -1,0 +1,3 @@
+from hyperlora.cli import main
+
+main()

@@ -1,0 +1,100 @@
+import gzip
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from hyperlora.data.facts import ATTRIBUTES, NEW_ATTRIBUTES, fact_document, values
+from hyperlora.data.items import Item
+from hyperlora.data.mix import Mix
+from hyperlora.data.overlap import overlapping
+from hyperlora.data.sources import load
+from hyperlora.errors import InputError
+from hyperlora.recipe import FactsTask, QATask
+
+from .conftest import make_tokenizer
+
+
+def test_facts_are_disjoint_between_splits_and_rich_enough() -> None:
+    for attribute in (*ATTRIBUTES, *NEW_ATTRIBUTES):
+        train, test = set(values(attribute, "train")), set(values(attribute, "test"))
+        assert not train & test and min(len(train), len(test)) >= 200
+    documents = {split: [fact_document(str(i), 8, split) for i in range(200)] for split in ("train", "test")}  # type: ignore[arg-type]
+    names = {s: {w for d in ds for w in d.text.split() if w.endswith("'s")} for s, ds in documents.items()}
+    assert not names["train"] & names["test"]
+    assert not {q.text for d in documents["train"] for q in d.questions} & {
+        q.text for d in documents["test"] for q in d.questions
+    }
+
+
+def test_every_fact_is_asked_and_stands_in_the_document() -> None:
+    item = fact_document("x", 8, "test", new_attributes=True)
+    assert item == fact_document("x", 8, "test", new_attributes=True)
+    assert len(item.questions) == 8 and len({q.reply for q in item.questions}) == 8
+    for question in item.questions:
+        reply, value = question.accepted
+        assert value in item.text and value in reply and value not in question.text
+
+
+def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:
+    record = {"id": "a", "context": "Maro bakes.", "qas": [{"question": "Who?", "answers": ["Maro the baker", "Maro"]}]}
+    with gzip.open(tmp_path / "qa.jsonl.gz", "wt") as file:
+        file.write(json.dumps(record) + "\n")
+    item = load(str(tmp_path / "qa.jsonl.gz"))[0]
+    assert item.questions[0].reply == "Maro" and len(item.questions[0].accepted) == 2
+    (tmp_path / "wiki.txt").write_text(" = One = \n\nfirst\n = = Part = = \nmore\n = Two = \nsecond\n")
+    assert [i.text.split("\n")[0] for i in load(str(tmp_path / "wiki.txt"))] == ["= One =", "= Two ="]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 3}', "line 1: the document must be a string"),
+        ('{"context": "x", "qas": [{"question": "?"}]}', "line 1: field 'answers' is missing"),
+        ('{"context": "x", "qas": [{"question": "?", "answers": []}]}', "has no answer"),
+        ("{", "line 1"),
+    ],
+)
+def test_malformed_data_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(line)
+    with pytest.raises(InputError, match=r"bad\.jsonl") as caught:
+        load(str(tmp_path / "bad.jsonl"))
+    assert message in str(caught.value)
+
+
+def test_unknown_and_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'squad_dev'"):
+        load("squad_dve")
+    monkeypatch.setenv("HYPERLORA_DATA", str(tmp_path))
+    with pytest.raises(InputError, match="set HYPERLORA_DATA"):
+        load("squad_dev")
+
+
+def test_mix_reshuffles_by_epoch_and_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    lines = [{"id": str(i), "context": f"text {i}", "qas": [{"question": "?", "answers": ["x"]}]} for i in range(10)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    task = QATask(task="qa", sources=[str(path)])
+    mix = Mix([task], 0, make_tokenizer())
+    epochs = [[mix.draw()[0].id for _ in range(10)] for _ in range(3)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert all(a != b for a, b in combinations(epochs, 2))
+    again = Mix([task], 0, make_tokenizer())
+    again.state = [13]
+    assert again.draw()[0].id == epochs[1][3]
+
+
+def test_mix_keeps_its_weights() -> None:
+    tasks = [FactsTask(task="facts", weight=3, facts=(2, 2)), FactsTask(task="facts", weight=1, facts=(5, 5))]
+    mix = Mix(list(tasks), 0, make_tokenizer())
+    for _ in range(400):
+        mix.draw()
+    assert 0.7 < mix.state[0] / 400 < 0.8
+
+
+def test_overlap_finds_repeated_documents_only() -> None:
+    text = " ".join(f"word{i}" for i in range(60))
+    train = [Item("train-1", "some other text " + text), Item("train-2", "nothing of it")]
+    test = [Item("same", text), Item("new", " ".join(f"other{i}" for i in range(60))), Item("short", "too short")]
+    assert overlapping(train, test) == [("same", "train-1")]

@@ -1,0 +1,68 @@
+import pytest
+
+from hyperlora.base_model import BaseModel
+from hyperlora.errors import InputError
+from hyperlora.evaluation.bootstrap import interval
+from hyperlora.evaluation.controls import answer
+from hyperlora.evaluation.items import fact_items
+from hyperlora.evaluation.metrics import contains, exact_match, f1
+from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, table
+from hyperlora.generator import Generator
+from hyperlora.inject import patched
+
+from .conftest import TEXT, make_generator
+
+
+def test_squad_scores() -> None:
+    assert exact_match("The  cat.", ["dog", "a cat"]) == 1.0
+    assert exact_match("cat food", ["cat"]) == 0.0
+    assert f1("the red cat", ["cat", "red cat sat"]) == pytest.approx(0.8)
+    assert f1("", ["cat"]) == 0.0 and f1("a the", ["the"]) == 1.0
+    assert contains("It is 41 metres.", ["41 metres"]) == 1.0
+    assert contains("It is 410 metres.", ["41"]) == 0.0
+
+
+def test_interval_covers_the_mean_and_shrinks() -> None:
+    few, many = interval([0.0, 1.0] * 10), interval([0.0, 1.0] * 1000)
+    assert few[0] == many[0] == 0.5
+    assert few[1] < many[1] < 0.5 < many[2] < few[2]
+
+
+def test_answers_use_the_right_patch(base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(base)
+    items = fact_items(2, 5)
+    replies = answer(generator, items, ("patch", "swapped", "none", "full"), max_new_tokens=6, documents=3)
+    assert all(len(r) == 10 for r in replies.values())
+    from hyperlora.evaluation.answers import greedy
+
+    # Batches of three and two documents: the swapped patch of the fifth document is that of the fourth.
+    patches = generator.generate([item.text for item in items])
+    prompt = base.prompt.prompt_ids(base.tokenizer, items[4].questions[1].text)
+    for name, index in (("patch", 4), ("swapped", 3)):
+        with patched(base.model, patches[index]):
+            assert replies[name][-1] == greedy(base, [prompt], 6)[0]
+    assert replies["none"][-1] == greedy(base, [prompt], 6)[0]
+
+
+def test_report_has_intervals_and_controls(generator: Generator, tmp_path: object) -> None:
+    result = evaluate_answers(generator, 2, False, None, 3, 200, ["patch", "swapped"])
+    assert result["documents"] == 3 and result["questions"] == 6 and result["generator"]["rank"] == 6
+    assert set(result["scores"]) == {"patch", "swapped", "patch - swapped"}
+    assert "| patch - swapped | " in table(result)
+    with pytest.raises(InputError, match="did you mean 'swapped'"):
+        evaluate_answers(generator, 2, False, None, 3, 200, ["swaped"])
+
+
+def test_forgetting_measures_the_rise_in_loss(base: BaseModel, tmp_path: object) -> None:
+    path = f"{tmp_path}/text.txt"
+    with open(path, "w") as file:
+        file.write("".join(f" = {i} = \n{TEXT}\n" for i in range(3)))
+    strong = make_generator(base)
+    result = evaluate_forgetting(strong, path, 4, tokens=24)["scores"]
+    rise = result["patch - bare"]["loss"][0]
+    assert rise == pytest.approx(result["patch"]["loss"][0] - result["bare"]["loss"][0])
+    for value in [*strong.hypernet.copy, *strong.hypernet.point]:
+        value.scale.data.zero_()
+        value.learned.weight.data.zero_()
+    nothing = evaluate_forgetting(strong, path, 4, tokens=24)["scores"]["patch - bare"]["loss"]
+    assert nothing[0] == pytest.approx(0.0, abs=1e-6) and abs(rise) > 1e-3
