@@ -22,31 +22,7 @@ from hyperlora.generator import Generator
 
 
 def document(generator: Generator, tokens: int) -> list[int]:
-    words = [
-        "The",
-        "keeper",
-        "of",
-        "the",
-        "tower",
-        "wrote",
-        "in",
-        "the",
-        "log",
-        "that",
-        "the",
-        "ship",
-        "had",
-        "passed",
-        "the",
-        "rock",
-        "in",
-        "fog",
-        "at",
-        "noon",
-        "on",
-        "day",
-    ]
-    text = " ".join(f"{word} {index}" for index, word in zip(range(tokens), words * (tokens // 20 + 1), strict=False))
+    text = " ".join(f"Day {day}: the keeper saw the ship pass the rock in fog." for day in range(tokens // 8))
     return generator.encoder.tokenize(text)[:tokens]
 
 
