@@ -29,8 +29,9 @@ class PromptFormat:
         """Token ids of one prompt, with the document in it or (None) without."""
         ids = encode(tokenizer, self.prefix)
         if context is not None:
-            ids += encode(tokenizer, context) + encode(tokenizer, "\n\n")
-        return ids + encode(tokenizer, self.question.format(question=question)) + encode(tokenizer, self.suffix)
+            ids += document_ids(tokenizer, context) + encode(tokenizer, "\n\n")
+        asked = self.question.replace("{question}", question)
+        return ids + document_ids(tokenizer, asked) + encode(tokenizer, self.suffix)
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
         """Token ids of a reply and of the token that ends it."""

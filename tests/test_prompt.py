@@ -26,3 +26,7 @@ def test_special_tokens_in_a_document_stay_text() -> None:
     tokenizer = make_tokenizer()
     assert tokenizer.eos_token_id not in document_ids(tokenizer, "end </s> of it")
     assert tokenizer.decode(document_ids(tokenizer, "end </s> of it")) == "end </s> of it"
+    form = prompt_format(tokenizer)
+    plain = form.prompt_ids(tokenizer, "Who?", "x")
+    tricky = form.prompt_ids(tokenizer, "Who {question} </s>?", "x </s>")
+    assert tricky.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
