@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyperlora.errors import HyperloraError, nearest
@@ -34,7 +34,7 @@ class BaseNotFound(HyperloraError):
 class Fingerprint:
     """Identity of a base model: `config` hashes its architecture, `weights` a sample of every parameter in bfloat16.
 
-    `weights` is None for quantised models, whose parameters cannot be compared with the original's.
+    `weights` is None for quantised and float16 models, whose parameters cannot be compared with the original's.
     """
 
     config: str
@@ -90,19 +90,22 @@ class BaseModel:
         return 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: Any) -> Fingerprint:
     """Hash of the architecture and of 64 evenly spaced values of every parameter, equal for float32 and bfloat16."""
     config = text_config(model)
     keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     shape = json.dumps({key: getattr(config, key, None) for key in keys}, sort_keys=True)
     digest = hashlib.sha256()
-    quantised = getattr(model, "quantization_method", None) is not None
+    # float16 rounds differently from bfloat16, and packed weights are not comparable at all.
+    incomparable = getattr(model, "quantization_method", None) is not None or model.dtype == torch.float16
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
-    return Fingerprint(hashlib.sha256(shape.encode()).hexdigest()[:16], None if quantised else digest.hexdigest()[:16])
+    return Fingerprint(
+        hashlib.sha256(shape.encode()).hexdigest()[:16], None if incomparable else digest.hexdigest()[:16]
+    )
 
 
 def cache_dir() -> Path:
@@ -163,6 +166,9 @@ def _converted(gguf: Path) -> Path:
         tokenizer.save_pretrained(partial)
         if not target.exists():
             partial.replace(target)
+    except OSError as error:
+        if not (target / "config.json").exists():  # else another process finished first
+            raise BaseNotFound(f"cannot convert {gguf} into {cache_dir()}: {_line(error)}") from error
     except Exception as error:  # the reader meets a damaged file with whatever it trips over first
         raise BaseNotFound(f"cannot read {gguf} as a GGUF model: {_line(error)}") from error
     finally:
@@ -223,14 +229,23 @@ def load_base(
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": where}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        model = _load(source, trust_remote_code, options)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        hint = f"; {nearest(name, EMBEDDED)}" if "/" not in name else ""
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        hint = f"; {nearest(name, EMBEDDED)}" if "/" not in name and not Path(name).exists() else ""
         raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{hint}") from error
     if quantize is None:
         model.to(where)
     return BaseModel(name, model, tokenizer, source)
+
+
+def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except (ImportError, ValueError):
+        # The model or the device does not support flash-attention; every other error comes back from SDPA as well.
+        options = {**options, "attn_implementation": "sdpa"}
+        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def _quantization(bits: int, dtype: torch.dtype) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hyperlora.errors import InputError
 
 
@@ -20,18 +22,23 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
     """
     check_free(path, force)
     partial: Path | None = None
+    replaced: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
         partial.chmod(0o755)
         yield partial
-        replaced = partial.with_name(partial.name + "-old")
+        check_free(path, force)  # it may have appeared meanwhile
         if path.exists():
+            replaced = partial.with_name(partial.name + "-old")
             os.replace(path, replaced)
         os.replace(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        if replaced is not None:
+            shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        if replaced is not None and replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -49,6 +56,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

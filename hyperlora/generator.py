@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, overload
@@ -30,6 +29,7 @@ from hyperlora.structure import Site, find_sites, is_transposed, text_config
 
 # While a long document is read, its patch is kept at this multiple of the final rank.
 WORKING_RANKS = 4
+_NON_FINITE = "the generator produced non-finite values; its weights do not suit this base or dtype"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Clock = dict[str, float]
 
@@ -51,8 +51,8 @@ class GeneratorConfig(Settings):
     hypernet: str = "associative"
     options: dict[str, Any] = {}
     rank: int = Field(default=64, gt=0)
-    layers: list[int] | None = None
-    layer_count: int = 8
+    layers: list[int] | None = Field(default=None, min_length=1)
+    layer_count: int = Field(default=8, gt=0)
     modules: list[str] | None = None
     chunk_tokens: int = Field(default=512, gt=1)
     moment_directions: int = Field(default=32, ge=0)
@@ -78,7 +78,10 @@ class Generator(nn.Module):
         layers = config.resolve_layers(decoder.num_hidden_layers)
         self.sites: list[Site] = find_sites(base.model, layers, config.modules)
         self.statistics = nn.ModuleList(SiteStatistics(site, config.moment_directions) for site in self.sites)
-        self.hypernet = HYPERNETS[config.hypernet](self.sites, decoder.hidden_size, **config.options)
+        try:
+            self.hypernet = HYPERNETS[config.hypernet](self.sites, decoder.hidden_size, **config.options)
+        except TypeError as error:
+            raise InputError(f"options of the hypernet {config.hypernet}: {error}") from error
         self.attach(base)
 
     def attach(self, base: BaseModel) -> None:
@@ -111,23 +114,27 @@ class Generator(nn.Module):
         """
         texts = [documents] if isinstance(documents, str) else list(documents)
         ids = [self.encoder.tokenize(text) for text in texts]
-        factors = self.factors(ids, clock)
-        patches = []
+        try:
+            factors = self.factors(ids, clock)
+        except torch.linalg.LinAlgError as error:  # a factorisation met NaN before it could reach the patch
+            raise InputError(_NON_FINITE) from error
+        origin, patches = self.provenance, []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            own = {path: (a[index].clone(), b[index].clone()) for path, (a, b) in factors.items()}
+            own = _trimmed({path: (a[index], b[index]) for path, (a, b) in factors.items()})
             if not all(bool(torch.isfinite(t).all()) for pair in own.values() for t in pair):
-                raise InputError("the generator produced non-finite values; its weights do not suit this base or dtype")
+                raise InputError(_NON_FINITE)
             document = {"sha256": sha256(text.encode()), "tokens": len(tokens), "weight": 1.0}
-            patches.append(Patch(own, replace(self.provenance, documents=(document,))))
+            patches.append(Patch(own, replace(origin, documents=(document,))))
         return patches[0] if isinstance(documents, str) else patches
 
-    @cached_property
+    @property
     def provenance(self) -> Provenance:
-        """What the patches of this generator say of their origin, but for the documents."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        """What the patches of this generator say of their origin, but for the documents. The hash covers the config
+        and the weights as they are saved."""
+        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        for name, tensor in sorted(self._saved_tensors().items()):
             digest.update(name.encode())
-            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
+            digest.update(tensor.numpy().tobytes())
         return Provenance(
             base=self.base.name,
             fingerprint=self.base.fingerprint,
@@ -143,6 +150,7 @@ class Generator(nn.Module):
         Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank). Memory does not grow with
         a document's length: chunks are folded one after the other into a patch of `WORKING_RANKS` times the rank.
         """
+        start, encoded = self._now(), (clock or {}).get("encode", 0.0)
         encoder = self.encoder
         split = [encoder.chunks(ids) for ids in documents]
         if all(len(chunks) == 1 for chunks in split):
@@ -150,17 +158,23 @@ class Generator(nn.Module):
             read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
         else:
             read = [self._folded(chunks, clock) for chunks in split]
-        return {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
+        stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
+        if clock is not None:  # all that was not the encoder, the rank cap included
+            rest = self._now() - start - (clock["encode"] - encoded)
+            clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + rest
+        return stacked
+
+    def _now(self) -> float:
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize(self.base.device)
+        return time.perf_counter()
 
     def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
-        start = time.perf_counter()
+        start = self._now() if clock is not None else 0.0
         features = self.encoder.read(chunks)
-        read = time.perf_counter()
-        slots = self.hypernet(features, self.statistics)
         if clock is not None:
-            clock["encode"] = clock.get("encode", 0.0) + read - start
-            clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + time.perf_counter() - read
-        return slots
+            clock["encode"] = clock.get("encode", 0.0) + self._now() - start
+        return self.hypernet(features, self.statistics)
 
     def _cap(self, factors: list[Factors], rank: int) -> list[Factors]:
         return [
@@ -190,10 +204,7 @@ class Generator(nn.Module):
         Raises:
             InputError: the directory exists (without `force`) or the disk cannot be written.
         """
-        tensors = {
-            name: tensor.detach().to("cpu", torch.float16 if name.startswith("hypernet.") else None).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
+        tensors = self._saved_tensors()
         record = {
             "name": self.name,
             "version": __version__,
@@ -205,6 +216,12 @@ class Generator(nn.Module):
         with new_directory(Path(path), force) as folder:
             (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _saved_tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.detach().to("cpu", torch.float16 if name.startswith("hypernet.") else None).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
 
     @classmethod
     def from_pretrained(
@@ -271,6 +288,14 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, from its header alone."""
     with safe_open(path, framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _trimmed(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """Without the rows that are zero because a longer document stood in the same batch; one rank for all modules."""
+    kept = {path: a.abs().amax(dim=1) > 0 for path, (a, _) in factors.items()}
+    rank = max(1, max(int(rows.sum()) for rows in kept.values()))
+    order = {path: torch.argsort(~rows, stable=True)[:rank] for path, rows in kept.items()}
+    return {path: (a[order[path]].clone(), b[:, order[path]].clone()) for path, (a, b) in factors.items()}
 
 
 def _stack(factors: list[Factors]) -> Factors:

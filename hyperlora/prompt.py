@@ -18,12 +18,14 @@ class PromptFormat:
         suffix: from the end of the user's words to where the reply starts.
         end: what ends a reply; its first token stops generation.
         question: format of the user's words after the context.
+        lead: what stands between the suffix and the reply.
     """
 
     prefix: str
     suffix: str
     end: str
     question: str = "{question}"
+    lead: str = ""
 
     def prompt_ids(self, tokenizer: Any, question: str, context: str | None = None) -> list[int]:
         """Token ids of one prompt, with the document in it or (None) without."""
@@ -35,7 +37,7 @@ class PromptFormat:
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
         """Token ids of a reply and of the token that ends it."""
-        return encode(tokenizer, answer) + self.end_ids(tokenizer)[:1]
+        return document_ids(tokenizer, self.lead + answer) + self.end_ids(tokenizer)[:1]
 
     def end_ids(self, tokenizer: Any) -> list[int]:
         return encode(tokenizer, self.end)
@@ -64,4 +66,4 @@ def prompt_format(tokenizer: Any) -> PromptFormat:
         if suffix and end:
             return PromptFormat(prefix, suffix, end)
     start = tokenizer.bos_token or ""
-    return PromptFormat(start, "\nAnswer:", tokenizer.eos_token or "\n", "Question: {question}")
+    return PromptFormat(start, "\nAnswer:", "\n", "Question: {question}", lead=" ")

@@ -19,10 +19,10 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
 
     Returns:
         A' (..., r, d_in) and B' (..., d_out, r) with r = min(rank, rows), row i of A' and column i of B' of equal
-        norm, strongest first; unchanged factors when rows <= rank.
+        norm, strongest first when the rank was reduced.
     """
     if a.shape[-2] <= rank:
-        return a, b
+        return _balanced(a, b)
     with torch.no_grad():
         root = a.float() if moment is None else moment.factor(a.float())  # (..., rows, d_in + directions)
         if b.shape[-1] < b.shape[-2]:
@@ -33,8 +33,15 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
-    balance = reduced.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-    return reduced / balance, u * balance.mT
+    return _balanced(reduced, u)
+
+
+def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with row i of `a` and column i of `b` of equal norm, which suits 16-bit storage."""
+    size_a = a.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)  # (..., rows, 1)
+    size_b = b.detach().norm(dim=-2, keepdim=True).mT.clamp_min(1e-12)
+    scale = (size_b / size_a).sqrt()
+    return a * scale, b / scale.mT
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:

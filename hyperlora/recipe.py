@@ -4,13 +4,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hyperlora.errors import InputError, nearest
 from hyperlora.generator import GeneratorConfig
 
 Positive = Annotated[int, Field(gt=0)]
-Range = tuple[Positive, Positive]
+
+
+def _ordered(value: tuple[int, int]) -> tuple[int, int]:
+    if value[0] > value[1]:
+        raise ValueError("the first number of a range must not exceed the second")
+    return value
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 
 class _Strict(BaseModel):

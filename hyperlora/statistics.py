@@ -37,6 +37,7 @@ class SecondMoment(nn.Module):
         (a fraction of the mean diagonal)."""
         k = self.weight.numel()
         values, vectors = torch.linalg.eigh(moment.double())
+        values = values.clamp_min(1e-12 * float(values[-1]))  # rounding makes some negative
         self.weight.copy_(values[-k:] if k else values[:0])
         self.basis.copy_(vectors[:, -k:] if k else vectors[:, :0])
         rest = moment.diagonal() - (self.basis.square() @ self.weight)

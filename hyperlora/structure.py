@@ -37,7 +37,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers: the longest-lived `ModuleList` whose length is the config's layer count."""
+    """Path and list of the decoder layers: the outermost `ModuleList` as long as the config's layer count."""
     count = text_config(model).num_hidden_layers
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
@@ -75,6 +75,10 @@ def find_sites(model: nn.Module, layers: list[int] | None = None, modules: list[
         UnsupportedBase: no attention or no single MLP output in a layer (recurrent and mixture-of-experts models).
     """
     config = text_config(model)
+    mixers = set(getattr(config, "layer_types", None) or getattr(config, "block_types", None) or ())
+    if any("attention" not in mixer or "linear" in mixer for mixer in mixers):
+        kinds = ", ".join(sorted(mixers))
+        raise UnsupportedBase(f"{config.model_type} has layers of kind {kinds}: recurrent bases cannot be patched")
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
         raise UnsupportedBase(f"{config.model_type} is a mixture of experts; patches need a dense base model")
     stack, blocks = decoder_layers(model)
@@ -112,15 +116,17 @@ def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[s
 
     Exactly one for a plain pre-norm block; a post-norm (Gemma 3) or a residual multiplier scales it. `args` and
     `kwargs` are what the block was called with and `output` (batch, tokens, d_out) what it returned.
-    Returns (d_out,) in float32.
+    The first token, an attention sink, is left out. Returns (d_out,) in float32.
     """
-    signs: list[Tensor] = []
-    step: list[float] = []
+    moves: list[Tensor] = []
 
     def perturb(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        step.append(0.1 * float(out.float().pow(2).mean().sqrt()))
-        signs.append(torch.randint_like(out, 0, 2) * 2 - 1)
-        return out + step[0] * signs[0]
+        size = 0.1 * out.float().pow(2).mean(-1, keepdim=True).sqrt().expand_as(out)
+        # As large as the stream's own rounding at least, else a half-precision stream would not move.
+        size = torch.maximum(size, 8 * torch.finfo(out.dtype).eps * output.float().abs())
+        moved_out = (out.float() + size * (torch.randint_like(size, 0, 2) * 2 - 1)).to(out.dtype)
+        moves.append(moved_out.float() - out.float())
+        return moved_out
 
     handle = site.register_forward_hook(perturb)
     try:
@@ -128,5 +134,5 @@ def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[s
     finally:
         handle.remove()
     moved = moved[0] if isinstance(moved, tuple) else moved
-    change = (moved.float() - output.float()) * signs[0].float() / step[0]  # (batch, tokens, d_out)
-    return change.flatten(0, -2).median(dim=0).values
+    change = (moved.float() - output.float()) / moves[0]  # (batch, tokens, d_out)
+    return change[:, 1:].flatten(0, -2).median(dim=0).values

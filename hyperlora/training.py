@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,9 +22,10 @@ from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
 from hyperlora.data.sources import load
-from hyperlora.errors import InputError
+from hyperlora.errors import HyperloraError, InputError
 from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
+from hyperlora.files import write_text
 from hyperlora.generator import Generator
 from hyperlora.inject import inject
 from hyperlora.objectives import Row, collate, cross_entropy, kl_from_bare, label_logits
@@ -31,7 +33,12 @@ from hyperlora.prompt import encode
 from hyperlora.recipe import Recipe
 
 _FREE = ("evaluation", "save_every", "steps")  # what a resumed recipe may change
+_PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 _CONTINUED = 16  # tokens of text that a continuation row starts from
+
+
+class TrainingDiverged(HyperloraError):
+    """The gradients stopped being finite."""
 
 
 class Trainer:
@@ -58,6 +65,7 @@ class Trainer:
         )
         self.step = 0
         self.unrelated_drawn = 0
+        self.skipped = 0
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to a tenth at the last step."""
@@ -116,24 +124,34 @@ class Trainer:
             documents = [self.generator.encoder.tokenize(item.text) for item in items]
             batch = collate(rows, self.base.device)
             factors = self.generator.factors(documents)
-            with inject(model, factors, batch.documents):
+            # Leaves in the place of A and B: each loss runs backward inside its own injection, which activation
+            # checkpointing needs, and the graph behind the factors is walked once.
+            leaves = {
+                path: (a.detach().requires_grad_(), b.detach().requires_grad_()) for path, (a, b) in factors.items()
+            }
+            with inject(model, leaves, batch.documents):
                 task = cross_entropy(model, batch) / labels
-            loss: Tensor = task
+                task.backward()
             totals["loss"] += float(task.detach())
             if unrelated and recipe.unrelated:
                 batch = collate(unrelated, self.base.device)
                 with torch.no_grad():
                     bare = label_logits(model, batch)
-                with inject(model, factors, batch.documents):
+                with inject(model, leaves, batch.documents):
                     drift = kl_from_bare(model, batch, bare) / others
+                    (recipe.unrelated.weight * drift).backward()
                 totals["unrelated"] += float(drift.detach())
-                loss = loss + recipe.unrelated.weight * drift
-            loss.backward()
+            ends = [pair for path in factors for pair in zip(factors[path], leaves[path], strict=True)]
+            ends = [(tensor, leaf) for tensor, leaf in ends if tensor.requires_grad]
+            torch.autograd.backward([tensor for tensor, _ in ends], [leaf.grad for _, leaf in ends])
         norm = torch.nn.utils.clip_grad_norm_(self.generator.hypernet.parameters(), recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        if torch.isfinite(norm):
+        self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
+        if self.skipped == 0:
             self.optimizer.step()
+        elif self.skipped == _PATIENCE:
+            raise TrainingDiverged(f"gradients were not finite in {_PATIENCE} steps running; lower learning_rate")
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {**totals, "gradient_norm": float(norm), "labels": labels}
@@ -143,10 +161,17 @@ class Trainer:
     def run(self, on_metrics: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Train to the last step, saving on the way. Ctrl-C and SIGTERM save before they end the run."""
         stop: list[int] = []
-        previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def request_stop(number: int, _: Any) -> None:
+            if stop:  # asked twice: do not wait for the step to end
+                raise KeyboardInterrupt
+            stop.append(number)
+
+        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train")
         try:
             if self.step == 0:
+                self.save()  # so that a run that dies early can be started again
                 self._evaluate(on_metrics)
             while self.step < self.recipe.steps and not stop:
                 start = time.perf_counter()
@@ -202,8 +227,8 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
         }
         (partial / "position.json").write_text(json.dumps(position))
-        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         os.replace(partial, final)
         shutil.rmtree(old, ignore_errors=True)
@@ -213,16 +238,20 @@ class Trainer:
         folder = next((f for n in ("checkpoint", "checkpoint.old") if (f := self.folder / n).exists()), None)
         if folder is None:
             return False
-        position = json.loads((folder / "position.json").read_text())
+        try:
+            position = json.loads((folder / "position.json").read_text())
+            weights, moments = load_file(folder / "generator.safetensors"), load_file(folder / "optimizer.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder} is damaged ({error}); remove it to start again") from error
         now, then = self.recipe.model_dump(mode="json"), position["recipe"]
         changed = [key for key in now if now[key] != then.get(key) and key not in _FREE]
         if changed:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
             )
-        self.generator.load_state_dict(load_file(folder / "generator.safetensors"))
+        self.generator.load_state_dict(weights)
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
+        for key, value in moments.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -234,8 +263,8 @@ class Trainer:
         """Drop the records of steps that will be repeated."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in lines))
+            whole = path.read_text().split("\n")[:-1]  # a killed process may leave half a line
+            write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def start(recipe: Recipe, folder: Path, name: str) -> Trainer:
@@ -245,7 +274,9 @@ def start(recipe: Recipe, folder: Path, name: str) -> Trainer:
         InputError: the folder holds something else, or another recipe's run.
     """
     resuming = any((folder / checkpoint).exists() for checkpoint in ("checkpoint", "checkpoint.old"))
-    if folder.exists() and any(folder.iterdir()) and not resuming:
+    leftovers = {"metrics.jsonl", "checkpoint.partial"}  # of a run that died before its first checkpoint
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if present - leftovers and not resuming:
         raise InputError(f"{folder} is not empty and holds no training run; choose another -o")
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.base)

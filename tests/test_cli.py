@@ -115,8 +115,11 @@ def test_folder_of_files(generate: Run, tmp_path: Path) -> None:
     (tmp_path / "docs" / "sub").mkdir(parents=True)
     (tmp_path / "docs" / "a.txt").write_text(TEXT)
     (tmp_path / "docs" / "sub" / "b.md").write_text(TEXT)
+    (tmp_path / "docs" / ".git").mkdir()
+    (tmp_path / "docs" / ".git" / "index").write_bytes(b"\0")
+    (tmp_path / "docs" / "Käse notes.txt").write_text(TEXT)
     assert generate(tmp_path / "docs", "-o", tmp_path / "out")[0] == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "sub--b", "manifest.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "sub--b", "K_se_notes", "manifest.json"}
 
 
 BAD_DOCUMENTS = {
@@ -197,6 +200,34 @@ def test_usage_version_and_unknown_recipe(run: Run, tmp_path: Path) -> None:
     assert code == 3 and "cannot read the recipe" in one_line(err)
     code, _, err = run("evaluate")
     assert code == 3 and "choose one of" in one_line(err)
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tiny_dirs: tuple[str, str], document: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500));"
+        f"sys.argv = ['hyperlora', 'generate', {str(document)!r}, '-o', {str(tmp_path / 'out' / 'patch')!r},"
+        f"'--generator', {tiny_dirs[1]!r}]; from hyperlora.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 3 and "cannot write" in one_line(done.stderr)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_corpus_details(generate: Run, tmp_path: Path) -> None:
+    source = corpus(tmp_path / "docs.jsonl", 2)
+    text = json.dumps({"id": "line", "text": "one\u2028two three"}, ensure_ascii=False)
+    source.write_text(source.read_text() + text + "\n")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    code, _, err = generate(source, "-o", tmp_path / "foreign")
+    assert code == 3 and "holds other things (thesis.tex)" in one_line(err)
+    assert generate(source, "-o", tmp_path / "out", "--dtype", "float16")[0] == 0
+    source.write_text('{"id": "short", "text": "a"}')
+    code, _, err = generate(source, "-o", tmp_path / "short")
+    assert code == 3 and "short: the document has 1 token" in one_line(err)
+    code, _, err = generate("-", "-o", tmp_path / "x", "--shard", "1/2", stdin=b"some words")
+    assert code == 3 and "no shards" in one_line(err)
 
 
 def test_killed_process_leaves_whole_patches_only(tiny_dirs: tuple[str, str], tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def test_plain_format_without_a_template() -> None:
     tokenizer = make_tokenizer(chat=False)
     form = prompt_format(tokenizer)
     assert tokenizer.decode(form.prompt_ids(tokenizer, "Who?", "Maro.")) == "<s>Maro.\n\nQuestion: Who?\nAnswer:"
-    assert form.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert form.end_ids(tokenizer) == encode(tokenizer, "\n")
+    assert tokenizer.decode(form.answer_ids(tokenizer, "Maro")) == " Maro\n"
 
 
 def test_special_tokens_in_a_document_stay_text() -> None:

@@ -26,10 +26,12 @@ def test_cap_without_a_metric_is_the_truncated_svd() -> None:
     torch.testing.assert_close(small_a.norm(dim=-1), small_b.norm(dim=-2))
 
 
-def test_small_ranks_pass_unchanged_and_zero_padding_changes_nothing() -> None:
+def test_small_ranks_keep_their_product_and_zero_padding_changes_nothing() -> None:
     moment = fitted()
     a, b = torch.randn(1, 6, 24), torch.randn(1, 16, 6)
-    assert cap_rank(a, b, 6, moment) == (a, b)
+    same_a, same_b = cap_rank(a, b, 6, moment)
+    torch.testing.assert_close(same_b @ same_a, b @ a)
+    torch.testing.assert_close(same_a.norm(dim=-1), same_b.norm(dim=-2))
     pad_a, pad_b = torch.cat([a, torch.zeros(1, 3, 24)], 1), torch.cat([b, torch.zeros(1, 16, 3)], 2)
     small, padded = cap_rank(a, b, 4, moment), cap_rank(pad_a, pad_b, 4, moment)
     torch.testing.assert_close(small[1] @ small[0], padded[1] @ padded[0], rtol=1e-4, atol=1e-5)

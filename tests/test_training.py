@@ -10,7 +10,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.overlap import Overlap
 from hyperlora.errors import InputError
 from hyperlora.recipe import Recipe, read_recipe
-from hyperlora.training import Trainer, start
+from hyperlora.training import Trainer, TrainingDiverged, start
 
 from .conftest import OPTIONS, TEXT, make_base, make_generator
 
@@ -127,6 +127,27 @@ def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp
         trainer(other, tmp_path / "run").resume()
 
 
+def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple) -> None:
+    recipe.base = tiny_dirs[0]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    start(recipe, tmp_path / "run", "x").run()
+    again = start(recipe, tmp_path / "run", "x")
+    assert again.step == recipe.steps
+    (tmp_path / "run" / "checkpoint" / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="is damaged"):
+        start(recipe, tmp_path / "run", "x")
+
+
+def test_endless_nan_ends_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    run = trainer(recipe, tmp_path / "run")
+    for parameter in run.generator.hypernet.parameters():
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingDiverged, match="lower learning_rate"):
+        for _ in range(20):
+            run.train_step()
+
+
 def test_start_refuses_a_folder_of_something_else(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -148,6 +169,8 @@ def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Pat
         ("generator: {rnak: 3}", "did you mean 'rank'"),
         ("mix: [{task: facts, fact: [1, 2]}]", "did you mean 'facts'"),
         ("mix: [{task: fcats}]", "mix.0"),
+        ("mix: [{task: facts, facts: [8, 2]}]", "must not exceed"),
+        ("generator: {layers: []}", "generator.layers"),
         ("mix: []", "mix"),
         ("[1, 2]", "not a recipe"),
         ("steps: [", "not valid YAML"),

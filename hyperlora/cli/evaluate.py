@@ -30,11 +30,13 @@ def evaluate(
 
     if sum(choice is not None for choice in (facts, qa, forgetting)) != 1:
         raise InputError("choose one of --facts N, --qa SOURCE and --forgetting SOURCE")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"no directory {output.parent} for the result; make it first")
     loaded = loading.load(generator, base, loading.base_options(device, dtype, None, False))
     if forgetting is not None:
         result = evaluate_forgetting(loaded, forgetting, items or 32)
     else:
         result = evaluate_answers(loaded, facts, new_attributes, qa, items, max_tokens, conditions.split(","))
+    print(table(result))
     if output is not None:
         write_text(output, json.dumps(result, indent=1) + "\n")
-    print(table(result))

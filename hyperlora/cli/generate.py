@@ -18,6 +18,7 @@ from hyperlora.files import check_free, decode_document, read_document, sha256, 
 if TYPE_CHECKING:
     from hyperlora.generator import Generator
 
+PROVENANCE = "hyperlora.json"  # as in hyperlora.patch, which is imported late
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -52,10 +53,12 @@ def generate(
     documents = collect(inputs)
     single = len(documents) == 1 and documents[0].id == ""
     part = _part(shard)
+    if single and shard:
+        raise InputError("--shard divides a corpus; a single document has no shards")
     if single:
         check_free(output, force)
-    elif output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; choose a directory")
+    else:
+        _check_corpus_output(output)
     chosen = documents[part[0] - 1 :: part[1]]
     loaded = loading.load(generator, base, loading.base_options(device, dtype, quantize, trust_remote_code))
     if single:
@@ -79,12 +82,13 @@ def collect(inputs: list[str]) -> list[Document]:
     documents: list[Document] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            documents += [Document(_folder_id(p.relative_to(path)), read_document(p)) for p in found]
+            relative = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
+            visible = [p for p in relative if not any(part.startswith(".") for part in p.parts)]
+            documents += [Document(_file_id(p), read_document(path / p)) for p in visible]
         elif path.suffix == ".jsonl":
             documents += _jsonl(path)
         else:
-            documents.append(Document(_folder_id(Path(path.name)), read_document(path)))
+            documents.append(Document(_file_id(Path(path.name)), read_document(path)))
     if not documents:
         raise InputError(f"no documents in {', '.join(inputs)}")
     seen: set[str] = set()
@@ -95,18 +99,19 @@ def collect(inputs: list[str]) -> list[Document]:
     return documents
 
 
-def _folder_id(path: Path) -> str:
-    return _checked("--".join(path.with_suffix("").parts), f"the file name {path}")
+def _file_id(path: Path) -> str:
+    """A file's path inside its folder as the name of a directory: `sub/My notes.txt` gives `sub--My_notes`."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "--".join(path.with_suffix("").parts)).lstrip("._-") or "document"
 
 
 def _checked(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not _ID.fullmatch(name):
+    if not isinstance(name, str) or not _ID.fullmatch(name) or name.startswith("manifest"):
         raise InputError(f"{where}: id {name!r} cannot name a directory; use letters, digits, '.', '_' and '-'")
     return name
 
 
 def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(read_document(path).splitlines(), 1):
+    for number, line in enumerate(read_document(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -116,8 +121,8 @@ def _jsonl(path: Path) -> Iterator[Document]:
             raise InputError(f'{path}, line {number}: not a JSON object with "id" and "text"') from error
         except KeyError as error:
             raise InputError(f"{path}, line {number}: field {error} is missing") from error
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{path}, line {number}: "text" must be a string that is not empty')
+        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+            raise InputError(f'{path}, line {number}: "text" must be a string of valid characters, not empty')
         yield Document(_checked(name, f"{path}, line {number}"), text)
 
 
@@ -130,15 +135,25 @@ def _part(shard: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _check_corpus_output(output: Path) -> None:
+    """A corpus may go into a new or empty directory, or beside patches of an earlier run."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; choose a directory")
+    present = sorted(output.iterdir()) if output.exists() else []
+    foreign = [p.name for p in present if not p.name.startswith((".", "manifest")) and not (p / PROVENANCE).exists()]
+    if foreign:
+        raise InputError(f"{output} holds other things ({foreign[0]}); choose an empty or a new directory")
+
+
 def _corpus(
     generator: "Generator", documents: list[Document], output: Path, batch: int, force: bool, part: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """Patches of many documents, skipping those that are there already, and the manifest of all of them."""
     output.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
-    waiting = []
+    waiting, generator_hash = [], generator.provenance.generator_hash
     for document in documents:
-        record = None if force else _finished(generator, document, output)
+        record = None if force else _finished(generator, generator_hash, document, output)
         if record is None:
             waiting.append(document)
         else:
@@ -153,7 +168,7 @@ def _corpus(
     return ordered
 
 
-def _finished(generator: "Generator", document: Document, output: Path) -> dict[str, Any] | None:
+def _finished(generator: "Generator", generator_hash: str, document: Document, output: Path) -> dict[str, Any] | None:
     """The record of a patch that an earlier run wrote. Raises InputError when another text or generator made it."""
     from hyperlora.patch import Patch
 
@@ -163,7 +178,7 @@ def _finished(generator: "Generator", document: Document, output: Path) -> dict[
     patch = Patch.load(folder)
     source = patch.provenance.documents[0]
     same = source["sha256"] == sha256(document.text.encode())
-    if not same or patch.provenance.generator_hash != generator.provenance.generator_hash:
+    if not same or patch.provenance.generator_hash != generator_hash:
         what = "text" if not same else "generator"
         raise InputError(f"{folder} was made from another {what}; choose another output or pass --force")
     return _record(document.id, folder, source["tokens"], patch.nbytes, generator, {})
@@ -178,6 +193,8 @@ def _write(
     for start in range(0, len(documents), batch):
         group = documents[start : start + batch]
         clock: dict[str, float] = {}
+        for document in group:
+            _check_length(generator, document)
         patches = generator.generate([document.text for document in group], clock)
         for document, patch in zip(group, patches, strict=True):
             began = time.perf_counter()
@@ -190,6 +207,13 @@ def _write(
             yield _record(document.id, folder, tokens, patch.nbytes, generator, seconds)
             bar.update()
     bar.close()
+
+
+def _check_length(generator: "Generator", document: Document) -> None:
+    try:
+        generator.encoder.tokenize(document.text)
+    except InputError as error:
+        raise InputError(f"{document.id + ': ' if document.id else ''}{error}") from error
 
 
 def _half(generator: "Generator") -> Any:

@@ -32,9 +32,10 @@ class DocumentStream:
     """Documents of data sets in a new order every epoch."""
 
     def __init__(self, items: list[Item], seed: int, tag: str):
+        items = [item for item in items if len(item.text.split()) > 1]  # one word is no document
+        self.items, self.seed, self.tag = items, seed, tag
         if not items:
             raise InputError(f"no usable documents for the task {tag}: check its sources and max_tokens")
-        self.items, self.seed, self.tag = items, seed, tag
         self._epoch, self._order = -1, list(range(len(items)))
 
     def draw(self, number: int) -> tuple[Item, random.Random]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,12 @@ def _read(path: Path) -> Iterator[Item]:
         if path.name.removesuffix(".gz").endswith(".txt"):
             yield from _articles(lines.read(), path.name)
             return
-        for number, line in enumerate(lines, 1):
-            try:
+        number = 0
+        try:
+            for number, line in enumerate(lines, 1):
                 yield item_of(json.loads(line), f"{path.name}-{number}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: {_describe(error)}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}, line {max(1, number)}: {_describe(error)}") from error
 
 
 def _describe(error: Exception) -> str:
@@ -86,6 +88,8 @@ def item_of(record: dict[str, Any], default_id: str) -> Item:
 
 
 def _question(qa: dict[str, Any]) -> Question:
+    if not isinstance(qa["answers"], list) or not all(isinstance(answer, str) for answer in qa["answers"]):
+        raise TypeError("answers must be a list of strings")
     answers = [answer for answer in qa["answers"] if answer.strip()]
     if not answers:
         raise ValueError(f"question {qa['question']!r} has no answer")

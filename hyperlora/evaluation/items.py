@@ -6,6 +6,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.facts import fact_document
 from hyperlora.data.items import Item
 from hyperlora.data.sources import load
+from hyperlora.errors import InputError
 from hyperlora.recipe import Evaluation
 
 
@@ -26,5 +27,11 @@ def qa_items(source: str, base: BaseModel, max_tokens: int, count: int | None = 
 
 def evaluation_sets(setting: Evaluation, base: BaseModel) -> dict[str, list[Item]]:
     """The sets that a recipe asks for, by name."""
-    sets = {f"facts-{n}": fact_items(n, max(1, setting.items // n)) for n in setting.facts}
-    return sets | {name: qa_items(name, base, setting.max_tokens, setting.items) for name in setting.qa}
+    sets = {f"facts-{n}": fact_items(n, max(2, setting.items // n)) for n in setting.facts}
+    sets |= {name: qa_items(name, base, setting.max_tokens, setting.items) for name in setting.qa}
+    for name, items in sets.items():
+        if len(items) < 2:
+            raise InputError(
+                f"evaluation set {name} has {len(items)} document(s) of at most {setting.max_tokens} tokens"
+            )
+    return sets

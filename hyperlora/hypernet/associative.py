@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperlora.errors import InputError
 from hyperlora.hypernet.contract import Factors, Features, Hypernet
 from hyperlora.statistics import SecondMoment, SiteStatistics
 from hyperlora.structure import Site
@@ -52,6 +53,11 @@ class Associative(Hypernet):
         ridge: float = 1.0,
     ):
         super().__init__()
+        wrong = [site.path for site in sites if site.d_out != d_model]
+        if wrong:
+            raise InputError(f"the associative generator writes to the residual stream; {wrong[0]} does not")
+        if width % heads:
+            raise InputError(f"options of the hypernet associative: heads ({heads}) must divide width ({width})")
         self.mix = nn.Linear(4 * d_model, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
