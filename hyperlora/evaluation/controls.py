@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from hyperlora.data.items import Item
 from hyperlora.evaluation.answers import greedy
@@ -24,18 +25,19 @@ def answer(
     items: Sequence[Item],
     conditions: Sequence[str] = ("patch", "swapped"),
     max_new_tokens: int = 24,
-    documents: int = 16,
+    documents: int = 32,
+    progress: str | None = None,
 ) -> dict[str, list[str]]:
     """Greedy replies to every question of every item, by condition, in the order of the items' questions.
 
-    The swapped patch of a document is that of the next one in its batch of `documents`.
+    The swapped patch of a document is that of the next one in its batch of `documents`. `progress` names a bar.
     """
     base = generator.base
     replies: dict[str, list[str]] = {condition: [] for condition in conditions}
     batches = [list(items[i : i + documents]) for i in range(0, len(items), documents)]
     if len(batches) > 1 and len(batches[-1]) == 1:  # a document alone has no other patch beside it
         batches[-2:] = [batches[-2] + batches[-1]]
-    for batch in batches:
+    for batch in tqdm(batches, unit="batch", desc=progress, disable=progress is None):
         asked = [(index, question) for index, item in enumerate(batch) for question in item.questions]
         with torch.no_grad():
             factors = generator.factors([generator.encoder.tokenize(item.text) for item in batch])

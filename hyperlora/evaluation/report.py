@@ -45,13 +45,7 @@ def evaluate_answers(
         name = f"{qa}, up to {max_tokens} tokens"
     if len(items) < 2:
         raise InputError(f"{name}: {len(items)} document(s); the swapped control needs at least two")
-    replies: dict[str, list[str]] = {condition: [] for condition in conditions}
-    groups = [items[i : i + _BATCH] for i in range(0, len(items), _BATCH)]
-    if len(groups[-1]) == 1:
-        groups[-2:] = [groups[-2] + groups[-1]]
-    for group in tqdm(groups, unit="batch", desc=name):
-        for condition, texts in answer(generator, group, conditions, documents=2 * _BATCH).items():
-            replies[condition] += texts
+    replies = answer(generator, items, conditions, progress=name)
     owners = [index for index, item in enumerate(items) for _ in item.questions]
     accepted = [question.accepted for item in items for question in item.questions]
     scores: dict[str, dict[str, Any]] = {}
