@@ -19,11 +19,10 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 
 demo: install
 	rm -rf demo-patch
-	$(BIN)/hyperlora generate examples/lighthouse.txt -o demo-patch
-	$(BIN)/hyperlora ask demo-patch --compare --document examples/lighthouse.txt \
-		-q "Who built the lighthouse of Port Vellin? Answer in a few words." \
-		-q "What was the name of the keeper's goat? Answer in a few words." \
-		-q "When do the people row out to the rock? Answer in a few words."
+	$(BIN)/hyperlora generate examples/crew.txt -o demo-patch
+	$(BIN)/hyperlora ask demo-patch --compare \
+		-q "What is Captain Brill's pet?" -q "What is Marta Oskwell's home city?" \
+		-q "What is the favourite dish of Jonas?" -q "What is Marta Oskwell's ship?"
 
 check: install
 	$(BIN)/ruff check .

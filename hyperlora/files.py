@@ -28,6 +28,8 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
         partial.chmod(0o755)
         yield partial
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
         check_free(path, force)  # it may have appeared meanwhile
         if path.exists():
             replaced = partial.with_name(partial.name + "-old")
