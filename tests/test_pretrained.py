@@ -36,7 +36,7 @@ def test_base_knows_what_everyone_knows(base: BaseModel) -> None:
 
 def test_new_facts_come_from_the_right_patch(generator: Generator) -> None:
     scores = score_controls(generator, fact_items(2, 12))
-    assert scores["patch_exact_match"] >= 0.35
+    assert scores["patch_exact_match"] >= 0.5
     assert scores["swapped_exact_match"] <= 0.1
 
 

@@ -4,8 +4,9 @@ Keys follow the closed-form model editors (ROME, Meng et al. 2022, arXiv 2202.05
 module inputs X (tokens, d_in) at the document's tokens, values V and the second moment C of generic text, the update
 that minimises |V - X W|^2 + ridge * tr(W^T C W) is W = K^T V with keys K = (X C^-1 X^T + ridge)^-1 X C^-1. Each key
 answers to its own token, little to the document's other tokens, and hardly to unrelated text. Values are directions
-of the residual stream that raise a token's logit, plus a learned part. Untrained, the copy slots already store the
-document nearly word for word; training adjusts what is stored, how strongly, and under which key.
+of the residual stream that raise a token's logit, plus a learned part. Untrained, the copy slots already store
+much of the document (eval/bench/keys.py measures it); training adjusts what is stored, how strongly and under which
+key.
 """
 
 import math
