@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from hyperlora.base_model import BaseModel
-from hyperlora.generator import Generator, GeneratorConfig
+from hyperlora.generator import Generator
+from hyperlora.generator_config import GeneratorConfig
 
 TEXT = """The harbour master of Brenwick keeps a grey parrot called Admiral, and the parrot knows eleven songs.
 On Tuesdays the ferry to Oskmere leaves at nine, and nobody has ever seen it leave late.
