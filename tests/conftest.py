@@ -1,6 +1,8 @@
 """Tiny random models of several architectures, a tiny tokenizer, and tiny generators for them."""
 
 import os
+import sys
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("HYPERLORA_DATA", None)
@@ -19,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from hyperlora import cli
 from hyperlora.base_model import BaseModel
 from hyperlora.generator import Generator, GeneratorConfig
 
@@ -114,3 +117,40 @@ def tiny_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     base.name = str(root / "base")
     make_generator(base).save_pretrained(root / "generator")
     return str(root / "base"), str(root / "generator")
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the entry point with arguments; exit code, stdout, stderr."""
+
+    def call(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hyperlora", *map(str, arguments)])
+        if stdin is not None:
+            reading, writing = os.pipe()
+            os.write(writing, stdin)
+            os.close(writing)
+            monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def generate(run: Run, tiny_dirs: tuple[str, str]) -> Run:
+    return lambda *arguments, **options: run("generate", "--generator", tiny_dirs[1], *arguments, **options)
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("hyperlora: error:")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
