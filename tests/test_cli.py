@@ -38,6 +38,10 @@ def test_inspect_and_compose(generate: Run, run: Run, document: Path, tmp_path: 
     assert code == 0 and record["rank"] == 6 and record["generator"] == "tiny" and record["documents"][0]["tokens"] > 9
     code, out, err = run("compose", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "both", "--weights", "1,0.5")
     assert code == 0 and Patch.load(tmp_path / "both").rank == 12, err
+    code, out, err = run("compose", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "b", "--rank", "5", "--json")
+    both = Patch.load(tmp_path / "b")
+    assert code == 0 and both.rank == 5, err
+    assert json.loads(out) == {"path": str(tmp_path / "b"), "patches": 2, "rank": 5, "bytes": both.nbytes}
     code, _, err = run("compose", tmp_path / "one", "-o", tmp_path / "x", "--weights", "1,much")
     assert code == 3 and "use numbers" in one_line(err)
 
