@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers  # as a whole: it loads its classes when they are first used
 
 from hyperlora.errors import HyperloraError, nearest
 from hyperlora.prompt import PromptFormat, prompt_format
@@ -154,7 +154,6 @@ def _converted(gguf: Path) -> Path:
     target = cache_dir() / f"{gguf.stem}-{digest.hexdigest()[:12]}"
     if (target / "config.json").exists():
         return target
-    from transformers import GgufConfig
 
     cache_dir().mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".converting-"))
@@ -163,10 +162,10 @@ def _converted(gguf: Path) -> Path:
         model = _whole_model(
             str(gguf.parent),
             gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if not target.exists():
@@ -236,7 +235,7 @@ def load_base(
             raise BaseNotFound(f"{name} is a directory without config.json: not a model saved by transformers")
     try:
         model = _load(source, trust_remote_code, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         base = BaseModel(name, model, tokenizer, source)
     except HyperloraError:
         raise
@@ -265,7 +264,7 @@ def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
 
 def _whole_model(source: str, **options: Any) -> Any:
     """A model whose every tensor was found: transformers itself would fill the missing ones with random numbers."""
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed without the report
+    from_pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained  # typed without the report
     model, report = from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         raise RuntimeError(f"it lacks {len(missing)} tensors, the first of them {missing[0]}")
@@ -277,8 +276,6 @@ def _quantization(bits: int, dtype: torch.dtype) -> Any:
         raise BaseNotFound(f"a base can be quantised to 4 or 8 bits, not {bits}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BaseNotFound("4- and 8-bit bases need bitsandbytes; run: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")

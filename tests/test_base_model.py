@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from hyperlora import base_model
 from hyperlora.base_model import BaseNotFound, fingerprint, load_base
@@ -70,7 +71,7 @@ def test_flash_attention_only_on_cuda_in_half_precision_with_the_package(
 def test_refused_flash_attention_falls_back_to_sdpa(
     monkeypatch: pytest.MonkeyPatch, tiny_dirs: tuple[str, str], refusal: type[Exception]
 ) -> None:
-    original, asked = base_model.AutoModelForCausalLM.from_pretrained, []
+    original, asked = transformers.AutoModelForCausalLM.from_pretrained, []
 
     def from_pretrained(source: str, **options: Any) -> Any:
         asked.append(options["attn_implementation"])
@@ -78,7 +79,7 @@ def test_refused_flash_attention_falls_back_to_sdpa(
             raise refusal("this model has no flash-attention")
         return original(source, **options)
 
-    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(base_model, "choose_attention", lambda device, dtype: "flash_attention_2")
     base = load_base(tiny_dirs[0])
     assert asked == ["flash_attention_2", "sdpa"] and base.attention == "sdpa"
