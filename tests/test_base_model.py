@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,14 @@ def test_quantisation_without_its_package(
     arguments = [tmp_path / "text.txt", "-o", tmp_path / "patch", "--generator", tiny_dirs[1]]
     code, _, err = run("generate", *arguments, "--quantize", bits)
     assert code == 6 and message in one_line(err) and not (tmp_path / "patch").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base_reads_and_answers(run: Run, tiny_dirs: tuple[str, str], tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = [tmp_path / "text.txt", "-o", tmp_path / "patch", "--generator", tiny_dirs[1]]
+    code, _, err = run("generate", *arguments, "--quantize", bits)
+    assert code == 0, err
+    code, out, err = run("ask", tmp_path / "patch", "-q", "Who?", "--max-new-tokens", 4, "--quantize", bits, "--json")
+    assert code == 0 and json.loads(out)[0]["answers"]["patch"], err
