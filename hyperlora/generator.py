@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from pydantic import BaseModel as Settings
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,7 +20,8 @@ from hyperlora.base_model import BaseModel, Fingerprint, load_base
 from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError, nearest
 from hyperlora.files import new_directory, push_folder, sha256
-from hyperlora.hypernet import HYPERNETS, Factors
+from hyperlora.generator_config import GeneratorConfig
+from hyperlora.hypernet import HYPERNETS, Factors, Hypernet
 from hyperlora.patch import Patch, Provenance, check_base
 from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SiteStatistics, calibrate
@@ -34,54 +34,15 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Clock = dict[str, float]
 
 
-class GeneratorConfig(Settings):
-    """What a generator is made of; everything here is written to its config.json.
-
-    Attributes:
-        hypernet: architecture, a key of `HYPERNETS`; `options` are its own settings.
-        rank: of the patch, per site.
-        layers: 0-based layers to patch; None spreads `layer_count` of them over the upper three quarters.
-        modules: target modules as endings of their path in a layer; None is the MLP's output projection.
-        chunk_tokens: longest piece of document read at once.
-        moment_directions, ridge: see `SecondMoment`.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    hypernet: str = "associative"
-    options: dict[str, Any] = {}
-    rank: int = Field(default=64, gt=0)
-    layers: list[int] | None = Field(default=None, min_length=1)
-    layer_count: int = Field(default=8, gt=0)
-    modules: list[str] | None = None
-    chunk_tokens: int = Field(default=512, gt=1)
-    moment_directions: int = Field(default=32, ge=0)
-    ridge: float = Field(default=0.05, gt=0)
-
-    def resolve_layers(self, total: int) -> list[int]:
-        if self.layers is not None:
-            return self.layers
-        first, last, count = round(0.27 * total), max(round(0.27 * total), total - 2), min(self.layer_count, total)
-        return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})
-
-
 class Generator(nn.Module):
     """Documents to LoRA factors for one base model. Holds the hypernetwork and the sites' calibration; the frozen
     base stays outside `state_dict`."""
 
     def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
         super().__init__()
-        if config.hypernet not in HYPERNETS:
-            raise InputError(f"unknown hypernet {config.hypernet!r}; {nearest(config.hypernet, HYPERNETS)}")
         self.config, self.name = config, name
-        decoder = text_config(base.model)
-        layers = config.resolve_layers(decoder.num_hidden_layers)
-        self.sites: list[Site] = find_sites(base.model, layers, config.modules)
-        self.statistics = nn.ModuleList(SiteStatistics(site, config.moment_directions) for site in self.sites)
-        try:
-            self.hypernet = HYPERNETS[config.hypernet](self.sites, decoder.hidden_size, **config.options)
-        except TypeError as error:
-            raise InputError(f"options of the hypernet {config.hypernet}: {error}") from error
+        self.sites = _sites(base, config)
+        self.statistics, self.hypernet = _modules(base, config, self.sites)
         self.attach(base)
 
     def attach(self, base: BaseModel) -> None:
@@ -247,8 +208,16 @@ class Generator(nn.Module):
             raise InputError(f"{folder} holds no usable generator ({str(error).splitlines()[0]})") from error
         base = base or load_base(wanted.base, **options)
         check_base(wanted, base.fingerprint, base.name)
-        generator = cls(base, config, record["name"])
-        expected = {key: tuple(tensor.shape) for key, tensor in generator.state_dict().items()}
+        sites = _sites(base, config)
+        if record.get("sites") != [site.to_dict() for site in sites]:
+            raise InputError(f"{folder} was trained on other modules of {base.name} than are found now; train it again")
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
+            statistics, hypernet = _modules(base, config, sites)
+        expected = {
+            f"{part}.{key}": tuple(tensor.shape)
+            for part, module in (("statistics", statistics), ("hypernet", hypernet))
+            for key, tensor in module.state_dict().items()
+        }
         if expected != shapes:
             wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
             raise InputError(f"{folder / WEIGHTS} does not fit its config.json: {len(wrong)} tensors, first {wrong[0]}")
@@ -257,12 +226,29 @@ class Generator(nn.Module):
         bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
             raise InputError(f"{folder / WEIGHTS} has non-finite values in {bad[0]}")
+        generator = cls(base, config, record["name"])
         generator.load_state_dict(tensors)
         return generator.eval().requires_grad_(False)
 
     def push_to_hub(self, repository: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the generator to `repository` (user/name) and return its address."""
         return push_folder(self.save_pretrained, repository, private, token)
+
+
+def _sites(base: BaseModel, config: GeneratorConfig) -> list[Site]:
+    layers = config.resolve_layers(text_config(base.model).num_hidden_layers)
+    return find_sites(base.model, layers, config.modules)
+
+
+def _modules(base: BaseModel, config: GeneratorConfig, sites: list[Site]) -> tuple[nn.ModuleList, Hypernet]:
+    """Calibration and hypernetwork of a generator, with fresh weights."""
+    if config.hypernet not in HYPERNETS:
+        raise InputError(f"unknown hypernet {config.hypernet!r}; {nearest(config.hypernet, HYPERNETS)}")
+    statistics = nn.ModuleList(SiteStatistics(site, config.moment_directions) for site in sites)
+    try:
+        return statistics, HYPERNETS[config.hypernet](sites, text_config(base.model).hidden_size, **config.options)
+    except TypeError as error:
+        raise InputError(f"options of the hypernet {config.hypernet}: {error}") from error
 
 
 def _locate(name: str | Path | None) -> Path:

@@ -25,7 +25,16 @@ def inject(model: nn.Module, factors: Factors, rows: Tensor | None = None) -> It
     With activation checkpointing, call `backward()` inside the block: the layers run again there and must find the
     same patch.
     """
-    handles = [model.get_submodule(path).register_forward_hook(_adder(a, b, rows)) for path, (a, b) in factors.items()]
+    examples = 1
+    if rows is not None:
+        blocks, counts = torch.unique_consecutive(rows, return_counts=True)
+        # Neighbours share one copy of their document's factors where that gives blocks of equal size.
+        order = blocks if bool((counts == counts[0]).all()) else rows
+        factors = {path: (a[order], b[order]) for path, (a, b) in factors.items()}
+        examples = len(rows)
+    handles = [
+        model.get_submodule(path).register_forward_hook(_adder(a, b, examples)) for path, (a, b) in factors.items()
+    ]
     try:
         yield
     finally:
@@ -33,29 +42,19 @@ def inject(model: nn.Module, factors: Factors, rows: Tensor | None = None) -> It
             handle.remove()
 
 
-def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:
+def _adder(a: Tensor, b: Tensor, examples: int) -> Any:
     def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0]  # (batch, tokens, d_in)
-        factor_a, factor_b = _per_example(a, b, rows, x.shape[0])
+        if x.shape[0] % a.shape[0] or x.shape[0] % examples:
+            raise ValueError(
+                f"{x.shape[0]} examples cannot be shared out among {max(examples, a.shape[0])} patches; pass `rows`"
+            )
         # The product is small and matters: keep it in the factors' precision, which may be higher than the model's.
-        delta = torch.bmm(torch.bmm(x.to(a.dtype), factor_a.mT), factor_b.mT)
-        return output + delta.to(output.dtype)
+        blocks = x.to(a.dtype).reshape(a.shape[0], -1, x.shape[-1])
+        delta = torch.bmm(torch.bmm(blocks, a.mT), b.mT)
+        return output + delta.reshape(output.shape).to(output.dtype)
 
     return add
-
-
-def _per_example(a: Tensor, b: Tensor, rows: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-    documents = a.shape[0]
-    if rows is None:
-        if batch % documents:
-            raise ValueError(f"{batch} examples cannot be shared out among {documents} patches; pass `rows`")
-        if documents == 1:
-            return a.expand(batch, -1, -1), b.expand(batch, -1, -1)
-        rows = torch.arange(documents, device=a.device)
-    if batch % len(rows):
-        raise ValueError(f"`rows` names {len(rows)} examples, the model was called with {batch}")
-    rows = rows.repeat_interleave(batch // len(rows))
-    return a[rows], b[rows]
 
 
 @contextmanager

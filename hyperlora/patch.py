@@ -101,11 +101,21 @@ class Patch:
             for weight, patch in zip(weights, patches, strict=True)
             for document in patch.provenance.documents
         )
-        composed = Patch(_uniform(factors), replace(first, documents=documents))
+        names, hashes = (
+            " + ".join(dict.fromkeys(values))
+            for values in zip(*((p.provenance.generator, p.provenance.generator_hash) for p in patches), strict=True)
+        )
+        origin = replace(first, documents=documents, generator=names, generator_hash=hashes)
+        composed = Patch(_uniform(factors), origin)
         return composed if rank is None else composed.cap_rank(rank)
 
     def merge(self, model: nn.Module) -> None:
-        """Add the patch to the model's weights for good. Raises BaseMismatch; quantised modules cannot be merged."""
+        """Add the patch to the model's weights for good; to merge several, `compose` them first.
+
+        Raises:
+            BaseMismatch: another base, or one that a patch was merged into before.
+            InputError: the modules are quantised.
+        """
         self.check(model)
         with torch.no_grad():
             for path, (a, b) in self.factors.items():
@@ -159,7 +169,7 @@ class Patch:
 
     @staticmethod
     def load(path: str | Path) -> "Patch":
-        """Read a patch that `save` wrote; shapes are checked before any tensor is read.
+        """Read a patch that `save` wrote, PEFT's scale folded in; shapes are checked before any tensor is read.
 
         Raises:
             InputError: no patch there, or a damaged one.
@@ -169,13 +179,15 @@ class Patch:
         if missing:
             raise InputError(f"{folder} is not a hyperlora patch: no {', '.join(missing)}")
         try:
-            rank = int(json.loads((folder / CONFIG).read_text())["r"])
+            config = json.loads((folder / CONFIG).read_text())
+            rank = int(config["r"])
+            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
             record = json.loads((folder / PROVENANCE).read_text())
             record["fingerprint"] = Fingerprint(**record["fingerprint"])
             record["documents"] = tuple(record["documents"])
             provenance = Provenance(**record)
             with safe_open(folder / WEIGHTS, framework="pt") as file:
-                factors = _read_factors(file, rank)
+                factors = {path: (a, b * scale) for path, (a, b) in _read_factors(file, rank).items()}
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} holds a damaged patch ({error}); generate it again") from error
         return Patch(factors, provenance)

@@ -1,4 +1,4 @@
-"""The best low-rank approximation of a patch for typical inputs: QR of the values, spectrum in the metric of C."""
+"""The best low-rank approximation of a patch for typical inputs: its singular vectors in the metric of C."""
 
 import torch
 from torch import Tensor
@@ -25,11 +25,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
         return _balanced(a, b)
     with torch.no_grad():
         root = a.float() if moment is None else moment.factor(a.float())  # (..., rows, d_in + directions)
-        if b.shape[-1] < b.shape[-2]:
-            q, r = torch.linalg.qr(b.float())  # (..., d_out, rows), (..., rows, rows)
-            u = q @ _leading(r @ root, rank)
-        else:
-            u = _leading(b.float() @ root, rank)  # (..., d_out, rank)
+        u = _leading(b.float(), root, rank)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
@@ -44,6 +40,27 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * scale, b / scale.mT
 
 
-def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """Leading `rank` left singular vectors of (..., n, m), strongest first."""
-    return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(-1)[..., :rank]
+def _leading(b: Tensor, root: Tensor, rank: int) -> Tensor:
+    """Leading `rank` left singular vectors of b root, strongest first, from the smaller of its two Gram matrices."""
+    d_out, rows = b.shape[-2:]
+    if rows >= d_out:
+        product = b @ root
+        return _eigh(product @ product.mT)[1].flip(-1)[..., :rank]
+    # b root has the left singular vectors of b L, where L L^T = root root^T. Squaring halves the digits: use double.
+    b, root = b.double(), root.double()
+    gram = root @ root.mT
+    jitter = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-9)[..., None, None]
+    product = b @ torch.linalg.cholesky(gram + jitter * torch.eye(rows, device=b.device, dtype=b.dtype))
+    values, right = _eigh(product.mT @ product)
+    values, right = values.flip(-1)[..., None, :rank], right.flip(-1)[..., :rank]
+    # Directions in which there is nothing to keep have no left singular vector; they stay zero.
+    kept = values > 1e-12 * values[..., :1]
+    return torch.where(kept, product @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # in single precision it sometimes fails on many repeated (zero) eigenvalues
+        values, vectors = torch.linalg.eigh(gram.double())
+    return values.to(gram.dtype), vectors.to(gram.dtype)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hyperlora.errors import InputError, nearest
-from hyperlora.generator import GeneratorConfig
+from hyperlora.generator_config import GeneratorConfig
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -101,6 +101,12 @@ class Recipe(_Strict):
     unrelated: Unrelated | None = None
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Recipe":
+        if self.start_from and "generator" in self.model_fields_set:
+            raise ValueError("start_from brings the settings of its generator; leave out the key 'generator'")
+        return self
+
 
 def read_recipe(path: Path, **changes: Any) -> Recipe:
     """Read and check a recipe; `changes` replace top-level keys.
@@ -130,6 +136,8 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys(first['loc']))}"
     if first["type"] == "missing":
         return f"the key {where!r} is missing"
+    if not where:  # a rule about several keys
+        return first["msg"].removeprefix("Value error, ")
     return f"{where}: {first['msg']} (got {first['input']!r})"
 
 

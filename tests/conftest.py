@@ -25,7 +25,8 @@ from transformers import (
 
 from hyperlora import cli
 from hyperlora.base_model import BaseModel
-from hyperlora.generator import Generator, GeneratorConfig
+from hyperlora.generator import Generator
+from hyperlora.generator_config import GeneratorConfig
 from hyperlora.recipe import Recipe
 
 TEXT = """The harbour master of Brenwick keeps a grey parrot called Admiral, and the parrot knows eleven songs.

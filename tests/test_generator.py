@@ -89,6 +89,13 @@ def test_damaged_generators_are_refused(generator: Generator, tmp_path: Path) ->
         Generator.from_pretrained(folder, generator.base)
     (folder / WEIGHTS).write_bytes(whole)
     record = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**record, "sites": record["sites"][1:]}))
+    with pytest.raises(InputError, match="other modules"):
+        Generator.from_pretrained(folder, generator.base)
+    huge = {**record["generator"], "options": {**record["generator"]["options"], "width": 2**20, "heads": 2}}
+    (folder / CONFIG).write_text(json.dumps({**record, "generator": huge}))
+    with pytest.raises(InputError, match="does not fit"):  # and not out of memory: shapes come first
+        Generator.from_pretrained(folder, generator.base)
     record["generator"]["rank"] = "many"
     (folder / CONFIG).write_text(json.dumps(record))
     with pytest.raises(InputError, match="no usable generator"):

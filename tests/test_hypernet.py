@@ -3,7 +3,7 @@ import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.hypernet import HYPERNETS
-from hyperlora.hypernet.associative import competing_keys
+from hyperlora.hypernet.associative import compete
 
 from .conftest import make_generator
 from .test_statistics import fitted
@@ -27,12 +27,13 @@ def test_contract(any_base: BaseModel, documents: list[str], name: str) -> None:
     assert silent == []
 
 
-def test_competing_keys_are_the_ridge_solution() -> None:
-    """B A with these keys minimises |V - X W|^2 + ridge d_in tr(W^T C W)."""
+def test_competing_slots_are_the_ridge_solution() -> None:
+    """B A minimises |V - X W|^2 + ridge d_in tr(W^T C W)."""
     moment = fitted()
     torch.manual_seed(0)
     x, values, ridge = torch.randn(1, 10, 24), torch.randn(10, 16), torch.tensor(0.3)
-    keys = competing_keys(x, moment, ridge)[0]
+    toward = moment.solve(x)
+    update = toward[0].T @ compete(x, toward, values[None], ridge)[0]  # (d_in, d_out)
     c = moment.dense()
-    slow = torch.linalg.solve(x[0].T @ x[0] + ridge * 24 * c, x[0].T @ values)  # (d_in, d_out)
-    torch.testing.assert_close(keys.T @ values, slow, rtol=1e-3, atol=1e-4)
+    slow = torch.linalg.solve(x[0].T @ x[0] + ridge * 24 * c, x[0].T @ values)
+    torch.testing.assert_close(update, slow, rtol=1e-3, atol=1e-4)

@@ -32,6 +32,9 @@ def test_questions_share_their_documents_patch(base: BaseModel, documents: list[
     with patched(base.model, patches):
         grouped = base.model(ids[[1, 2, 0, 3]]).logits
     torch.testing.assert_close(mixed[[1, 2, 0, 3]], grouped)
+    with patched(base.model, patches, rows=torch.tensor([1, 1, 0, 0])):
+        swapped = base.model(ids[[0, 3, 1, 2]]).logits
+    torch.testing.assert_close(mixed[[0, 3, 1, 2]], swapped)
     with patched(base.model, patches), pytest.raises(ValueError, match="cannot be shared out"):
         base.model(ids[:3])
 

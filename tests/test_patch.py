@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.inject import patched
-from hyperlora.patch import WEIGHTS, Patch
+from hyperlora.patch import CONFIG, WEIGHTS, Patch
 
 from .conftest import make_base, make_generator
 
@@ -59,6 +60,18 @@ def test_save_and_load_keep_everything(patch: Patch, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["patch"]
 
 
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 4.0 * 6**0.5)])
+def test_load_folds_the_scale_in(patch: Patch, tmp_path: Path, rslora: bool, scale: float) -> None:
+    """Other tools may write the adapter back with an alpha of their own."""
+    patch.save(tmp_path / "patch")
+    path = tmp_path / "patch" / CONFIG
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": 4 * config["r"], "use_rslora": rslora}))
+    loaded = Patch.load(tmp_path / "patch")
+    for name, (a, b) in patch.factors.items():
+        torch.testing.assert_close(loaded.factors[name][1] @ loaded.factors[name][0], scale * b @ a)
+
+
 def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> None:
     one, two = make_generator(base).generate(documents[:2])
     both = Patch.compose([one, two], [1.0, -0.5])
@@ -67,6 +80,10 @@ def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> N
         torch.testing.assert_close(delta[2], delta[0] - 0.5 * delta[1], rtol=1e-4, atol=1e-5)
     assert [d["weight"] for d in both.provenance.documents] == [1.0, -0.5]
     assert Patch.compose([one, two], rank=4).rank == 4
+    assert both.provenance.generator_hash == one.provenance.generator_hash  # one generator made both
+    two = replace(two, provenance=replace(two.provenance, generator="other", generator_hash="cafe"))
+    mixed = Patch.compose([one, two]).provenance
+    assert mixed.generator == "tiny + other" and mixed.generator_hash.endswith(" + cafe")
     with pytest.raises(InputError, match="as many weights"):
         Patch.compose([one, two], [1.0])
 

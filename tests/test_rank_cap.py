@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from hyperlora.rank_cap import cap_rank
@@ -44,3 +45,19 @@ def test_gradient_reaches_both_factors_and_is_finite_at_equal_singular_values() 
     (small_b @ small_a).square().sum().backward()
     for factor in (a, b):
         assert factor.grad is not None and torch.isfinite(factor.grad).all() and factor.grad.norm() > 0
+
+
+def test_cap_survives_an_eigensolver_that_fails_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(9, 24), torch.randn(16, 9)
+    expected = cap_rank(a, b, 4)
+    eigh = torch.linalg.eigh
+
+    def picky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", picky)
+    small_a, small_b = cap_rank(a, b, 4)
+    torch.testing.assert_close(small_b @ small_a, expected[1] @ expected[0], rtol=1e-4, atol=1e-5)

@@ -101,6 +101,23 @@ def test_start_refuses_a_folder_of_something_else(recipe: Recipe, tmp_path: Path
         start(recipe, tmp_path / "full", "x")
 
 
+def test_start_from_continues_the_weights_of_a_generator(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperlora.training.load_base", lambda _: make_base())
+    first = start(recipe, tmp_path / "first", "first")
+    first.generator.save_pretrained(tmp_path / "g")
+    settings = {**recipe.model_dump(exclude={"generator"}), "start_from": str(tmp_path / "g"), "steps": 1}
+    second = start(Recipe.model_validate(settings), tmp_path / "second", "second")
+    for (name, one), two in zip(
+        first.generator.state_dict().items(), second.generator.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3, msg=name)  # saved in 16 bits
+    before = [p.clone() for p in second.generator.hypernet.parameters()]
+    second.train_step()
+    assert any(not torch.equal(p, q) for p, q in zip(before, second.generator.hypernet.parameters(), strict=True))
+
+
 def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     recipe.evaluation.qa = [str(tmp_path / "qa.jsonl")]
     with pytest.raises(Overlap, match="also stand in the training data"):
@@ -118,6 +135,7 @@ def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Pat
         ("mix: [{task: facts, facts: [8, 2]}]", "must not exceed"),
         ("generator: {layers: []}", "generator.layers"),
         ("mix: []", "mix"),
+        ("start_from: a/b\ngenerator: {rank: 8}", "leave out the key 'generator'"),
         ("[1, 2]", "not a recipe"),
         ("steps: [", "not valid YAML"),
     ],

@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from hyperlora.errors import InputError
 from hyperlora.hypernet.contract import Factors, Features, Hypernet
-from hyperlora.statistics import SecondMoment, SiteStatistics
+from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
 
 
 class Associative(Hypernet):
     """Copy slots and pointer slots over a small bidirectional transformer.
 
-    For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual norm |h| and gate g:
+    For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual norm |h| and strength
+    g = reach * sigmoid(w z_t):
 
     - copy: keys from x_t, values g |h| (c * e(t+1) + W z_t): after t comes t+1.
     - pointer: keys from W_k z_t, values g' |h| (c' * e(t) + W' z_t): a place predicted from the document, such as
@@ -37,6 +38,8 @@ class Associative(Hypernet):
         width, depth, heads: of the transformer behind z.
         copy_scale, pointer_scale: initial c and c'.
         pointer: whether to add pointer slots.
+        reach: the largest strength of a slot; a copy slot starts at 1. Above 1, a word that the base finds unlikely can
+            outweigh what the base would rather say.
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
     """
 
@@ -51,7 +54,8 @@ class Associative(Hypernet):
         pointer: bool = True,
         copy_scale: float = 0.15,
         pointer_scale: float = 0.02,
-        ridge: float = 1.0,
+        reach: float = 4.0,
+        ridge: float = 0.3,
     ):
         super().__init__()
         wrong = [site.path for site in sites if site.d_out != d_model]
@@ -59,28 +63,33 @@ class Associative(Hypernet):
             raise InputError(f"the associative generator writes to the residual stream; {wrong[0]} does not")
         if width % heads:
             raise InputError(f"options of the hypernet associative: heads ({heads}) must divide width ({width})")
+        if reach <= 1:
+            raise InputError(f"options of the hypernet associative: reach ({reach}) must be greater than 1")
         self.mix = nn.Linear(4 * d_model, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, gate_bias=2.0) for _ in sites)
-        self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, gate_bias=-2.0) for _ in sites if pointer)
+        self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
+        self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointer)
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointer)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
 
     def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:
         z = self._read(features)
+        mask = features.mask[..., None]
         factors = []
         for index, (x, stat) in enumerate(zip(features.inputs, statistics, strict=True)):
-            ridge, mask = self.log_ridge[index].exp(), features.mask[..., None]
-            keys = [competing_keys(x * mask, stat.moment, ridge[0])]
-            values = [self.copy[index](z, features.following)]
+            ridge, x = self.log_ridge[index].exp(), x * mask
+            rows = [stat.moment.solve(x)]
+            columns = [compete(x, rows[0], self.copy[index](z, features.following) * mask, ridge[0])]
             if len(self.aim):
-                aim = self.aim[index](z) * mask
-                size = (stat.moment.solve(aim) * aim).sum(-1, keepdim=True).clamp_min(1e-6)
-                keys.append(competing_keys(aim * (aim.shape[-1] / size).sqrt(), stat.moment, ridge[1]))
-                values.append(self.point[index](z, features.words))
-            a = torch.cat(keys, dim=1)  # (documents, slots, d_in)
-            b = torch.cat([value * mask for value in values], dim=1) * (stat.residual_norm / stat.gain)
+                x = self.aim[index](z) * mask
+                toward = stat.moment.solve(x)
+                # Made as large as a typical input: x^T C^-1 x = d_in.
+                size = (x.shape[-1] / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
+                rows.append(toward * size)
+                columns.append(compete(x * size, rows[1], self.point[index](z, features.words) * mask, ridge[1]))
+            a = torch.cat(rows, dim=1)  # (documents, slots, d_in)
+            b = torch.cat(columns, dim=1) * (stat.residual_norm / stat.gain)
             factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))
         return factors
 
@@ -95,32 +104,32 @@ class Associative(Hypernet):
         return self.norm(z)
 
 
-def competing_keys(x: Tensor, moment: SecondMoment, ridge: Tensor) -> Tensor:
-    """(x C^-1 x^T + ridge * d_in)^-1 x C^-1 for x (documents, tokens, d_in), zero in padded rows; same shape."""
-    toward = moment.solve(x)
+def compete(x: Tensor, toward: Tensor, values: Tensor, ridge: Tensor) -> Tensor:
+    """(x C^-1 x^T + ridge * d_in)^-1 values, for x and toward = x C^-1 (documents, tokens, d_in), zero in padded rows,
+    and values (documents, tokens, d_out): with rows of A `toward` and this as columns of B, B A = values^T K."""
     gram = toward @ x.mT  # (documents, tokens, tokens)
     gram = gram + ridge * x.shape[-1] * torch.eye(x.shape[1], device=x.device)
-    return torch.cholesky_solve(toward, torch.linalg.cholesky(gram))
+    return torch.cholesky_solve(values, torch.linalg.cholesky(gram))
 
 
 class _Value(nn.Module):
-    """g (c * e + W z), (documents, tokens, d_model); c is a scale per channel, W starts at zero.
+    """g (c * e + W z), (documents, tokens, d_model); c is a scale per channel, W starts at zero, g at `strength`.
 
     W z is multiplied by `step`, so that the first optimizer steps move it by a fraction of c and not by many times c.
     """
 
-    def __init__(self, width: int, d_model: int, scale: float, gate_bias: float):
+    def __init__(self, width: int, d_model: int, scale: float, strength: float, reach: float):
         super().__init__()
-        self.step = 0.1 / width**0.5
+        self.reach, self.step = reach, 0.1 / width**0.5
         self.scale = nn.Parameter(torch.full((d_model,), scale))
         self.learned = nn.Linear(width, d_model, bias=False)
         self.gate = nn.Linear(width, 1)
         nn.init.zeros_(self.learned.weight)
         nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, gate_bias)
+        nn.init.constant_(self.gate.bias, math.log(strength / (reach - strength)))
 
     def forward(self, z: Tensor, words: Tensor) -> Tensor:
-        return torch.sigmoid(self.gate(z)) * (self.scale * words + self.step * self.learned(z))
+        return self.reach * torch.sigmoid(self.gate(z)) * (self.scale * words + self.step * self.learned(z))
 
 
 class _Block(nn.Module):

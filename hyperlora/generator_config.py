@@ -1,0 +1,36 @@
+"""What a generator is made of."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class GeneratorConfig(BaseModel):
+    """Settings of a generator; all of them are written to its config.json.
+
+    Attributes:
+        hypernet: architecture, a key of `HYPERNETS`; `options` are its own settings.
+        rank: of the patch, per site.
+        layers: 0-based layers to patch; None spreads `layer_count` of them over the upper three quarters.
+        modules: target modules as endings of their path in a layer; None is the MLP's output projection.
+        chunk_tokens: longest piece of document read at once.
+        moment_directions, ridge: see `SecondMoment`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    hypernet: str = "associative"
+    options: dict[str, Any] = {}
+    rank: int = Field(default=64, gt=0)
+    layers: list[int] | None = Field(default=None, min_length=1)
+    layer_count: int = Field(default=8, gt=0)
+    modules: list[str] | None = None
+    chunk_tokens: int = Field(default=512, gt=1)
+    moment_directions: int = Field(default=32, ge=0)
+    ridge: float = Field(default=0.05, gt=0)
+
+    def resolve_layers(self, total: int) -> list[int]:
+        if self.layers is not None:
+            return self.layers
+        first, last, count = round(0.27 * total), max(round(0.27 * total), total - 2), min(self.layer_count, total)
+        return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})
