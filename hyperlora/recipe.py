@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import Self
 
 from hyperlora.errors import InputError, nearest
 from hyperlora.generator_config import GeneratorConfig
@@ -103,7 +102,7 @@ class Recipe(_Strict):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _one_origin(self) -> "Recipe":
         if self.start_from and "generator" in self.model_fields_set:
             raise ValueError("start_from brings the settings of its generator; leave out the key 'generator'")
         return self

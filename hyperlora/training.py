@@ -2,22 +2,20 @@
 
 import json
 import math
-import os
 import random
-import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm import tqdm
 
+from hyperlora import checkpoint
 from hyperlora.base_model import load_base
+from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
@@ -196,7 +194,7 @@ class Trainer:
         for name, items in self.evaluation.items():
             scores = score_controls(self.generator, items)
             self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
-            tqdm.write(f"step {self.step} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            tqdm.write(f"step {self.step} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), sys.stderr)
 
     def _log(self, record: dict[str, Any], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -204,57 +202,44 @@ class Trainer:
         if on_metrics:
             on_metrics(record)
 
+    def summary(self) -> dict[str, Any]:
+        """The run in short: its steps, the losses of the last one and the last scores of every evaluation set."""
+        record: dict[str, Any] = {"generator": str(self.folder / "generator"), "steps": self.step, "evaluation": {}}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            metrics = json.loads(line)
+            if name := metrics.pop("evaluation", None):
+                record["evaluation"][name] = metrics
+            else:
+                record |= {"loss": metrics["loss"], "unrelated": metrics["unrelated"]}
+        return record
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write checkpoint/ next to the old one, then swap the names: a killed process leaves one of them whole."""
-        partial, final, old = (self.folder / n for n in ("checkpoint.partial", "checkpoint", "checkpoint.old"))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(
-            {k: v.contiguous() for k, v in self.generator.state_dict().items()}, partial / "generator.safetensors"
-        )
-        moments = {
-            f"{index}.{name}": value
-            for index, state in self.optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        }
-        save_file(moments, partial / "optimizer.safetensors")
+        """Replace the folder's checkpoint."""
         position = {
             "step": self.step,
             "drawn": self.mix.state,
             "unrelated": self.unrelated_drawn,
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        (partial / "position.json").write_text(json.dumps(position))
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
+        Checkpoint.of(self.generator, self.optimizer, position).save(self.folder)
 
     def resume(self) -> bool:
         """Continue from the folder's checkpoint, if it has one. Raises InputError when it is of another recipe."""
-        folder = next((f for n in ("checkpoint", "checkpoint.old") if (f := self.folder / n).exists()), None)
-        if folder is None:
+        found = checkpoint.find(self.folder)
+        if found is None:
+            self._forget_metrics_after(-1)
             return False
-        try:
-            position = json.loads((folder / "position.json").read_text())
-            weights, moments = load_file(folder / "generator.safetensors"), load_file(folder / "optimizer.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{folder} is damaged ({error}); remove it to start again") from error
+        loaded = checkpoint.load(found)
+        position = loaded.position
         now, then = self.recipe.model_dump(mode="json"), position["recipe"]
         changed = [key for key in now if now[key] != then.get(key) and key not in _FREE]
         if changed:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
             )
-        self.generator.load_state_dict(weights)
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in moments.items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        loaded.restore(self.generator, self.optimizer)
         self.step, self.mix.state, self.unrelated_drawn = position["step"], position["drawn"], position["unrelated"]
         self._forget_metrics_after(self.step)
         return True
@@ -267,28 +252,27 @@ class Trainer:
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
-def start(recipe: Recipe, folder: Path, name: str) -> Trainer:
-    """A trainer in `folder`, new or where its last checkpoint left it.
+def start(recipe: Recipe, folder: Path, name: str, **base_options: Any) -> Trainer:
+    """A trainer in `folder`, new or where its last checkpoint left it; `base_options` go to `load_base`.
 
     Raises:
         InputError: the folder holds something else, or another recipe's run.
     """
-    resuming = any((folder / checkpoint).exists() for checkpoint in ("checkpoint", "checkpoint.old"))
-    leftovers = {"metrics.jsonl", "checkpoint.partial"}  # of a run that died before its first checkpoint
+    leftovers = {"metrics.jsonl", checkpoint.PARTIAL}  # of a run that died before its first checkpoint
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if present - leftovers and not resuming:
+    if present - leftovers and checkpoint.find(folder) is None:
         raise InputError(f"{folder} is not empty and holds no training run; choose another -o")
     torch.manual_seed(recipe.seed)
-    base = load_base(recipe.base)
+    base = load_base(recipe.base, **base_options)
     if recipe.start_from:
         generator = Generator.from_pretrained(recipe.start_from, base).requires_grad_(True)
         generator.name = name
     else:
         generator = Generator(base, recipe.generator, name)
     trainer = Trainer(recipe, generator, folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if not trainer.resume() and not recipe.start_from:
         generator.calibrate(calibration_texts(recipe), recipe.calibration.tokens)
+    folder.mkdir(parents=True, exist_ok=True)  # last, so that bad input leaves no folder
     return trainer
 
 
@@ -296,6 +280,8 @@ def calibration_texts(recipe: Recipe) -> list[str]:
     """Text pieces for the sites' statistics, spread over the sources' documents."""
     rng = random.Random(f"{recipe.seed}/calibration")
     items = [item for source in recipe.calibration.sources for item in load(source)]
+    if not items:
+        raise InputError(f"no text to calibrate on in {', '.join(recipe.calibration.sources) or 'an empty list'}")
     picked = rng.choices(items, k=recipe.calibration.texts)
     pieces = []
     for item in picked:

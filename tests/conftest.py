@@ -1,6 +1,10 @@
 """Tiny random models of several architectures, a tiny tokenizer, and tiny generators for them."""
 
+import json
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("HYPERLORA_DATA", None)
@@ -19,9 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from hyperlora import cli
 from hyperlora.base_model import BaseModel
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
+from hyperlora.recipe import Recipe
 
 TEXT = """The harbour master of Brenwick keeps a grey parrot called Admiral, and the parrot knows eleven songs.
 On Tuesdays the ferry to Oskmere leaves at nine, and nobody has ever seen it leave late.
@@ -115,3 +121,75 @@ def tiny_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     base.name = str(root / "base")
     make_generator(base).save_pretrained(root / "generator")
     return str(root / "base"), str(root / "generator")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    (tmp_path / "qa.jsonl").write_text(
+        "".join(
+            json.dumps({"id": str(i), "context": line, "qas": [{"question": "Who is it?", "answers": ["Maro"]}]}) + "\n"
+            for i, line in enumerate(TEXT.strip().splitlines())
+        )
+    )
+    text = [str(tmp_path / "text.txt")]
+    return Recipe.model_validate(
+        {
+            "steps": 6,
+            "documents": 3,
+            "save_every": 3,
+            "warmup": 1,
+            "learning_rate": 3e-3,
+            "generator": {"layers": [1, 3], "rank": 8, "moment_directions": 4, "options": OPTIONS},
+            "calibration": {"sources": text, "texts": 2, "tokens": 64},
+            "mix": [
+                {"task": "facts", "facts": [2, 3]},
+                {"task": "qa", "sources": [str(tmp_path / "qa.jsonl")]},
+                {"task": "text", "sources": text, "tokens": [20, 40], "following": 8},
+            ],
+            "unrelated": {"sources": text, "tokens": 16, "share": 0.5},
+            "evaluation": {"every": 100, "items": 4, "facts": [2]},
+        }
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the entry point with arguments; exit code, stdout, stderr."""
+
+    def call(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hyperlora", *map(str, arguments)])
+        if stdin is not None:
+            reading, writing = os.pipe()
+            os.write(writing, stdin)
+            os.close(writing)
+            monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def generate(run: Run, tiny_dirs: tuple[str, str]) -> Run:
+    return lambda *arguments, **options: run("generate", "--generator", tiny_dirs[1], *arguments, **options)
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("hyperlora: error:")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]

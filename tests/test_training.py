@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 from pathlib import Path
@@ -12,47 +11,12 @@ from hyperlora.errors import InputError
 from hyperlora.recipe import Recipe, read_recipe
 from hyperlora.training import Trainer, TrainingDiverged, start
 
-from .conftest import OPTIONS, TEXT, make_base, make_generator
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    (tmp_path / "text.txt").write_text(TEXT * 8)
-    (tmp_path / "qa.jsonl").write_text(
-        "".join(
-            json.dumps({"id": str(i), "context": line, "qas": [{"question": "Who is it?", "answers": ["Maro"]}]}) + "\n"
-            for i, line in enumerate(TEXT.strip().splitlines())
-        )
-    )
-    text = [str(tmp_path / "text.txt")]
-    return Recipe.model_validate(
-        {
-            "steps": 6,
-            "documents": 3,
-            "save_every": 3,
-            "warmup": 1,
-            "learning_rate": 3e-3,
-            "generator": {"layers": [1, 3], "rank": 8, "moment_directions": 4, "options": OPTIONS},
-            "calibration": {"sources": text, "texts": 2, "tokens": 64},
-            "mix": [
-                {"task": "facts", "facts": [2, 3]},
-                {"task": "qa", "sources": [str(tmp_path / "qa.jsonl")]},
-                {"task": "text", "sources": text, "tokens": [20, 40], "following": 8},
-            ],
-            "unrelated": {"sources": text, "tokens": 16, "share": 0.5},
-            "evaluation": {"every": 100, "items": 4, "facts": [2]},
-        }
-    )
+from .conftest import losses, make_base, make_generator
 
 
 def trainer(recipe: Recipe, folder: Path, base: BaseModel | None = None) -> Trainer:
     folder.mkdir(exist_ok=True)
     return Trainer(recipe, make_generator(base or make_base(), **recipe.generator.model_dump()), folder)
-
-
-def losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> None:
@@ -71,24 +35,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = ((tmp_path / n / "generator" / "model.safetensors").read_bytes() for n in ("whole", "parts"))
     assert whole == parts
-
-
-def test_a_killed_run_repeats_the_lost_steps(recipe: Recipe, tmp_path: Path) -> None:
-    first = trainer(recipe, tmp_path / "run")
-
-    def die(record: dict[str, object]) -> None:
-        if record.get("step") == 5 and "loss" in record:
-            raise MemoryError
-
-    with pytest.raises(MemoryError):
-        first.run(die)
-    before = losses(tmp_path / "run")
-    assert len(before) == 5
-    (tmp_path / "run" / "checkpoint").rename(tmp_path / "run" / "checkpoint.old")  # killed between two renames
-    again = trainer(recipe, tmp_path / "run")
-    assert again.resume() and again.step == 3
-    again.run()
-    assert losses(tmp_path / "run")[:5] == before and len(losses(tmp_path / "run")) == 6
 
 
 def test_training_lowers_the_loss(recipe: Recipe, tmp_path: Path) -> None:

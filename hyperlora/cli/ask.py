@@ -8,7 +8,7 @@ import typer
 
 from hyperlora.cli import loading, options
 from hyperlora.errors import InputError
-from hyperlora.files import read_document
+from hyperlora.reading import read_document
 
 
 def ask(

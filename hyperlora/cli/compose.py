@@ -1,5 +1,6 @@
 """`hyperlora compose`: several patches become one."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ def compose(
     weights: Annotated[str | None, typer.Option(help="Weights, such as 1,0.5; default 1 each.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Cap the rank; default: the exact sum of the ranks.")] = None,
     force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Add patches up, weighted, into one PEFT adapter."""
     from hyperlora.patch import Patch
@@ -27,4 +29,8 @@ def compose(
         raise InputError(f"--weights {weights!r}: use numbers with commas between, such as 1,0.5") from error
     composed = Patch.compose([Patch.load(path) for path in patches], numbers, rank)
     composed.save(output, force)
+    if as_json:
+        record = {"path": str(output), "patches": len(patches), "rank": composed.rank, "bytes": composed.nbytes}
+        print(json.dumps(record))
+        return
     print(f"{output}: {len(patches)} patches, rank {composed.rank}, {composed.nbytes / 1e6:.2f} MB")

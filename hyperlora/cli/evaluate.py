@@ -22,6 +22,7 @@ def evaluate(
     generator: options.GeneratorName = None,
     base: options.Base = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
+    as_json: options.Json = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -37,6 +38,6 @@ def evaluate(
         result = evaluate_forgetting(loaded, forgetting, items or 32)
     else:
         result = evaluate_answers(loaded, facts, new_attributes, qa, items, max_tokens, conditions.split(","))
-    print(table(result))
+    print(json.dumps(result) if as_json else table(result))
     if output is not None:
         write_text(output, json.dumps(result, indent=1) + "\n")

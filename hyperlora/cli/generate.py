@@ -4,34 +4,26 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hyperlora.cli import loading, options
+from hyperlora.cli.corpus import Corpus, Document, lone_document
 from hyperlora.errors import InputError
-from hyperlora.files import check_free, decode_document, read_document, sha256, write_text
+from hyperlora.files import check_free, write_text
 
 if TYPE_CHECKING:
     from hyperlora.generator import Generator
 
 PROVENANCE = "hyperlora.json"  # as in hyperlora.patch, which is imported late
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text to turn into the patch directory `id` (empty: the output itself)."""
-
-    id: str
-    text: str
 
 
 def generate(
-    inputs: Annotated[list[str], typer.Argument(help="Text files, a folder, a .jsonl corpus, or - for stdin.")],
+    inputs: Annotated[list[str], typer.Argument(help="Text files, a folder, a .jsonl[.gz] corpus, or - for stdin.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write: the patch, or one per document.")],
     generator: options.GeneratorName = None,
     base: options.Base = None,
@@ -50,8 +42,8 @@ def generate(
     (lines with "id" and "text") write one patch directory per document and a manifest; run the same command again to
     continue where it stopped.
     """
-    documents = collect(inputs)
-    single = len(documents) == 1 and documents[0].id == ""
+    source = lone_document(inputs) or Corpus(inputs)
+    single = isinstance(source, Document)
     part = _part(shard)
     if single and shard:
         raise InputError("--shard divides a corpus; a single document has no shards")
@@ -59,71 +51,16 @@ def generate(
         check_free(output, force)
     else:
         _check_corpus_output(output)
-    chosen = documents[part[0] - 1 :: part[1]]
     loaded = loading.load(generator, base, loading.base_options(device, dtype, quantize, trust_remote_code))
-    if single:
-        records = list(_write(loaded, chosen, output.parent, output.name, batch, force))
+    if isinstance(source, Document):
+        records = list(_write(loaded, [source], 1, output.parent, output.name, batch, force))
     else:
-        records = _corpus(loaded, chosen, output, batch, force, part)
+        records = _corpus(loaded, source, output, batch, force, part)
     if as_json:
         print(json.dumps(records[0] if single else records))
     else:
         for record in records:
             print(_line(record, loaded.base.attention))
-
-
-def collect(inputs: list[str]) -> list[Document]:
-    """The documents that the arguments name. Raises InputError for unreadable ones and for ids that repeat."""
-    if inputs == ["-"]:
-        return [Document("", decode_document(sys.stdin.buffer.read(), "standard input"))]
-    paths = [Path(name) for name in inputs]
-    if len(paths) == 1 and paths[0].is_file() and paths[0].suffix != ".jsonl":
-        return [Document("", read_document(paths[0]))]
-    documents: list[Document] = []
-    for path in paths:
-        if path.is_dir():
-            relative = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
-            visible = [p for p in relative if not any(part.startswith(".") for part in p.parts)]
-            documents += [Document(_file_id(p), read_document(path / p)) for p in visible]
-        elif path.suffix == ".jsonl":
-            documents += _jsonl(path)
-        else:
-            documents.append(Document(_file_id(Path(path.name)), read_document(path)))
-    if not documents:
-        raise InputError(f"no documents in {', '.join(inputs)}")
-    seen: set[str] = set()
-    for document in documents:
-        if document.id in seen:
-            raise InputError(f"two documents are called {document.id!r}; give them different names")
-        seen.add(document.id)
-    return documents
-
-
-def _file_id(path: Path) -> str:
-    """A file's path inside its folder as the name of a directory: `sub/My notes.txt` gives `sub--My_notes`."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", "--".join(path.with_suffix("").parts)).lstrip("._-") or "document"
-
-
-def _checked(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not _ID.fullmatch(name) or name.startswith("manifest"):
-        raise InputError(f"{where}: id {name!r} cannot name a directory; use letters, digits, '.', '_' and '-'")
-    return name
-
-
-def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(read_document(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            name, text = record["id"], record["text"]
-        except (ValueError, TypeError) as error:
-            raise InputError(f'{path}, line {number}: not a JSON object with "id" and "text"') from error
-        except KeyError as error:
-            raise InputError(f"{path}, line {number}: field {error} is missing") from error
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-            raise InputError(f'{path}, line {number}: "text" must be a string of valid characters, not empty')
-        yield Document(_checked(name, f"{path}, line {number}"), text)
 
 
 def _part(shard: str | None) -> tuple[int, int]:
@@ -146,52 +83,58 @@ def _check_corpus_output(output: Path) -> None:
 
 
 def _corpus(
-    generator: "Generator", documents: list[Document], output: Path, batch: int, force: bool, part: tuple[int, int]
+    generator: "Generator", corpus: Corpus, output: Path, batch: int, force: bool, part: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Patches of many documents, skipping those that are there already, and the manifest of all of them."""
+    """Patches of a corpus's part, skipping those that are there already, and the manifest of all of them."""
     output.mkdir(parents=True, exist_ok=True)
     done: dict[str, dict[str, Any]] = {}
-    waiting, generator_hash = [], generator.provenance.generator_hash
-    for document in documents:
-        record = None if force else _finished(generator, generator_hash, document, output)
+    chosen, waiting = list(corpus.digests)[part[0] - 1 :: part[1]], []
+    generator_hash = generator.provenance.generator_hash
+    for name in chosen:
+        record = None if force else _finished(generator, generator_hash, output / name, corpus.digests[name])
         if record is None:
-            waiting.append(document)
+            waiting.append(name)
         else:
-            done[document.id] = record
-    name = "manifest.json" if part == (1, 1) else f"manifest-{part[0]}-of-{part[1]}.json"
+            done[name] = record
+    manifest = "manifest.json" if part == (1, 1) else f"manifest-{part[0]}-of-{part[1]}.json"
     try:
-        for record in _write(generator, waiting, output, None, batch, force):
+        for record in _write(generator, corpus.documents(waiting), len(waiting), output, None, batch, force):
             done[record["id"]] = record
     finally:
-        ordered = [done[document.id] for document in documents if document.id in done]
-        write_text(output / name, json.dumps(ordered, indent=1) + "\n")
+        ordered = [done[name] for name in chosen if name in done]
+        write_text(output / manifest, json.dumps(ordered, indent=1) + "\n")
     return ordered
 
 
-def _finished(generator: "Generator", generator_hash: str, document: Document, output: Path) -> dict[str, Any] | None:
+def _finished(generator: "Generator", generator_hash: str, folder: Path, digest: str) -> dict[str, Any] | None:
     """The record of a patch that an earlier run wrote. Raises InputError when another text or generator made it."""
     from hyperlora.patch import Patch
 
-    folder = output / document.id
     if not folder.exists():
         return None
     patch = Patch.load(folder)
     source = patch.provenance.documents[0]
-    same = source["sha256"] == sha256(document.text.encode())
+    same = source["sha256"] == digest
     if not same or patch.provenance.generator_hash != generator_hash:
         what = "text" if not same else "generator"
         raise InputError(f"{folder} was made from another {what}; choose another output or pass --force")
-    return _record(document.id, folder, source["tokens"], patch.nbytes, generator, {})
+    return _record(folder.name, folder, source["tokens"], patch.nbytes, generator, {})
 
 
 def _write(
-    generator: "Generator", documents: list[Document], parent: Path, name: str | None, batch: int, force: bool
+    generator: "Generator",
+    documents: Iterable[Document],
+    total: int,
+    parent: Path,
+    name: str | None,
+    batch: int,
+    force: bool,
 ) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
-    bar = tqdm(total=len(documents), unit="document", disable=len(documents) < 2 or not sys.stderr.isatty())
-    for start in range(0, len(documents), batch):
-        group = documents[start : start + batch]
+    bar = tqdm(total=total, unit="document", disable=total < 2 or not sys.stderr.isatty())
+    remaining = iter(documents)
+    while group := list(islice(remaining, batch)):
         clock: dict[str, float] = {}
         for document in group:
             _check_length(generator, document)

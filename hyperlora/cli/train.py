@@ -1,11 +1,12 @@
 """`hyperlora train`: a recipe becomes a generator."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hyperlora.cli import options
+from hyperlora.cli import loading, options
 
 
 def train(
@@ -14,6 +15,10 @@ def train(
     base: options.Base = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Replaces the recipe's number of steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")] = None,
+    as_json: options.Json = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Train a generator; run the same command again to resume it.
 
@@ -23,5 +28,7 @@ def train(
     from hyperlora.training import start
 
     checked = read_recipe(recipe, base=base, steps=steps, seed=seed)
-    start(checked, output, recipe.stem).run()
-    print(output / "generator")
+    trainer = start(checked, output, recipe.stem, **loading.base_options(device, dtype, None, trust_remote_code))
+    trainer.run()
+    summary = trainer.summary()
+    print(json.dumps(summary) if as_json else summary["generator"])

@@ -1,9 +1,7 @@
 """Named data sets: files in the directory of the setting `HYPERLORA_DATA`, else the hub, else a path of one's own."""
 
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError, nearest
+from hyperlora.reading import read_lines
 
 FEW_WORDS = " Answer in a few words."
 
@@ -62,25 +61,28 @@ def load(name: str) -> list[Item]:
 def _read(path: Path) -> Iterator[Item]:
     if not path.is_file():
         raise InputError(f"no data file {path}; set HYPERLORA_DATA to the folder that holds it")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        if path.name.removesuffix(".gz").endswith(".txt"):
-            yield from _articles(lines.read(), path.name)
-            return
-        number = 0
+    lines = read_lines(path)
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        yield from _articles("".join(lines), path.name)
+        return
+    for number, line in enumerate(lines, 1):
         try:
-            for number, line in enumerate(lines, 1):
-                yield item_of(json.loads(line), f"{path.name}-{number}")
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}, line {max(1, number)}: {_describe(error)}") from error
+            item = item_of(json.loads(line), f"{path.name}-{number}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}, line {number}: {_describe(error)}") from error
+        yield item
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg}, column {error.colno})"
     return f"field {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
 
 
 def item_of(record: dict[str, Any], default_id: str) -> Item:
     """An item from one JSONL record. Raises KeyError or TypeError when a field is missing or of a wrong type."""
+    if not isinstance(record, dict):
+        raise TypeError(f"expected a JSON object, not {type(record).__name__}")
     text = record["context"] if "qas" in record else record["text"]
     if not isinstance(text, str):
         raise TypeError(f"the document must be a string, not {type(text).__name__}")

@@ -1,0 +1,117 @@
+"""The documents that the arguments of `generate` name: one alone, or a corpus that is read one document at a time."""
+
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyperlora.errors import InputError
+from hyperlora.files import sha256
+from hyperlora.reading import decode_document, read_document, read_lines
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to turn into the patch directory `id` (empty: the output itself)."""
+
+    id: str
+    text: str
+
+
+def lone_document(inputs: list[str]) -> Document | None:
+    """The document of standard input or of a single text file; None where the arguments name a corpus."""
+    if inputs == ["-"]:
+        return Document("", decode_document(sys.stdin.buffer.read(), "standard input"))
+    path = Path(inputs[0])
+    if len(inputs) > 1 or path.is_dir() or _is_jsonl(path):
+        return None
+    return Document("", read_document(path))
+
+
+class Corpus:
+    """Documents of text files, folders and JSONL files, all of them checked before the first is used.
+
+    Memory holds the ids and digests of the documents, never their texts: those are read again when they are wanted.
+
+    Attributes:
+        digests: id to SHA-256 of the text, in the order of the documents.
+
+    Raises:
+        InputError: a document cannot be read, its id cannot name a directory or repeats, or there is none at all.
+    """
+
+    def __init__(self, inputs: list[str]):
+        self._files = [file for name in inputs for file in _files(Path(name))]
+        self.digests: dict[str, str] = {}
+        for document in self._read():
+            if document.id in self.digests:
+                raise InputError(f"two documents are called {document.id!r}; give them different names")
+            self.digests[document.id] = sha256(document.text.encode())
+        if not self.digests:
+            raise InputError(f"no documents in {', '.join(inputs)}")
+
+    def documents(self, ids: Collection[str]) -> Iterator[Document]:
+        """Those called `ids`, in the order of the corpus. Raises InputError when one has changed since the check."""
+        left = set(ids)
+        for document in self._read():
+            if document.id in left and sha256(document.text.encode()) == self.digests[document.id]:
+                left.remove(document.id)
+                yield document
+        if left:
+            raise InputError(f"the document {min(left)!r} changed while the corpus was read; run the command again")
+
+    def _read(self) -> Iterator[Document]:
+        for path, name in self._files:
+            if name is None:
+                yield from _jsonl(path)
+            else:
+                yield Document(name, read_document(path))
+
+
+def _files(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """The files that an argument names, each with the id of its document, or None for the many of a JSONL file."""
+    if path.is_dir():
+        relative = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
+        visible = [p for p in relative if not any(part.startswith(".") for part in p.parts)]
+        yield from ((path / p, _file_id(p)) for p in visible)
+    elif path.exists() and not path.is_file():
+        raise InputError(f"{path} is a pipe or a device, but a corpus is read twice; write it to a file first")
+    else:
+        yield path, None if _is_jsonl(path) else _file_id(Path(path.name))
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _file_id(path: Path) -> str:
+    """A file's path inside its folder as the name of a directory: `sub/My notes.txt` gives `sub--My_notes`."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "--".join(path.with_suffix("").parts)).lstrip("._-") or "document"
+
+
+def _checked(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not _ID.fullmatch(name) or name.startswith("manifest"):
+        raise InputError(f"{where}: id {name!r} cannot name a directory; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _jsonl(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+            name, text = record["id"], record["text"]
+        except (ValueError, TypeError) as error:
+            raise InputError(f'{where}: not a JSON object with "id" and "text"') from error
+        except KeyError as error:
+            raise InputError(f"{where}: field {error} is missing") from error
+        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+            raise InputError(f'{where}: "text" must be a string of valid characters, not empty')
+        yield Document(_checked(name, where), text)

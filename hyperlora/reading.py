@@ -1,0 +1,56 @@
+"""Reading text that others wrote: whole documents, and the lines of plain or gzipped files."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from hyperlora.errors import InputError
+
+_CONVERT = "convert it, e.g. with iconv -t UTF-8"
+
+
+def read_document(path: Path) -> str:
+    """The text of a UTF-8 file. Raises InputError when it is missing, empty, binary or in another encoding."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return decode_document(data, str(path))
+
+
+def decode_document(data: bytes, name: str) -> str:
+    """The text of a document's bytes; `name` stands in the error messages."""
+    if b"\0" in data:
+        raise InputError(f"{name} is a binary file; convert it to plain UTF-8 text first")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}); {_CONVERT}") from error
+    if not text.strip():
+        raise InputError(f"{name} is empty; give a document with text")
+    return text
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, gzipped when its name ends in `.gz`, one at a time and with their line ends.
+
+    Raises:
+        InputError: the file is missing, binary, in another encoding (the line is named), or a damaged gzip file.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if b"\0" in line:
+                    raise InputError(f"{path}, line {number} is binary; give a file of UTF-8 text")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {number} is not UTF-8 text (byte {error.start}); {_CONVERT}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        reason = str(error).strip().rstrip(".")
+        raise InputError(
+            f"{path} is not a whole gzip file ({reason}, after line {number}); copy or compress it again"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
