@@ -24,8 +24,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     if a.shape[-2] <= rank:
         return _balanced(a, b)
     with torch.no_grad():
-        root = a.float() if moment is None else moment.factor(a.float())  # (..., rows, d_in + directions)
-        u = _leading(b.float(), root, rank)  # (..., d_out, rank)
+        u = _leading(a.float(), b.float(), rank, moment)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
@@ -40,12 +39,14 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * scale, b / scale.mT
 
 
-def _leading(b: Tensor, root: Tensor, rank: int) -> Tensor:
-    """Leading `rank` left singular vectors of b root, strongest first, from the smaller of its two Gram matrices."""
-    d_out, rows = b.shape[-2:]
+def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Tensor:
+    """Leading `rank` left singular vectors of b a C^(1/2), strongest first, from the smaller of its Gram matrices."""
+    rows, d_out = a.shape[-2], b.shape[-2]
     if rows >= d_out:
-        product = b @ root
-        return _eigh(product @ product.mT)[1].flip(-1)[..., :rank]
+        product = b @ a
+        root = product if moment is None else moment.factor(product)  # (..., d_out, d_in + directions)
+        return _eigh(root @ root.mT)[1].flip(-1)[..., :rank]
+    root = a if moment is None else moment.factor(a)  # (..., rows, d_in + directions)
     # b root has the left singular vectors of b L, where L L^T = root root^T. Squaring halves the digits: use double.
     b, root = b.double(), root.double()
     gram = root @ root.mT
