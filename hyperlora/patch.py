@@ -1,6 +1,7 @@
 """A LoRA patch with its provenance: saved as a plain PEFT directory, loaded, composed, capped, merged."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -181,6 +182,8 @@ class Patch:
         try:
             config = json.loads((folder / CONFIG).read_text())
             rank = int(config["r"])
+            if rank < 1 or not math.isfinite(config["lora_alpha"]):
+                raise ValueError(f"{CONFIG} says rank {rank}, alpha {config['lora_alpha']}")
             scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
             record = json.loads((folder / PROVENANCE).read_text())
             record["fingerprint"] = Fingerprint(**record["fingerprint"])

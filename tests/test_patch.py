@@ -72,6 +72,15 @@ def test_load_folds_the_scale_in(patch: Patch, tmp_path: Path, rslora: bool, sca
         torch.testing.assert_close(loaded.factors[name][1] @ loaded.factors[name][0], scale * b @ a)
 
 
+@pytest.mark.parametrize("change", [{"r": 0}, {"lora_alpha": float("nan")}, {"lora_alpha": None}])
+def test_impossible_scales_are_refused(patch: Patch, tmp_path: Path, change: dict) -> None:
+    patch.save(tmp_path / "patch")
+    path = tmp_path / "patch" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match="damaged patch"):
+        Patch.load(tmp_path / "patch")
+
+
 def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> None:
     one, two = make_generator(base).generate(documents[:2])
     both = Patch.compose([one, two], [1.0, -0.5])
