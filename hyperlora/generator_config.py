@@ -11,7 +11,8 @@ class GeneratorConfig(BaseModel):
     Attributes:
         hypernet: architecture, a key of `HYPERNETS`; `options` are its own settings.
         rank: of the patch, per site.
-        layers: 0-based layers to patch; None spreads `layer_count` of them over the upper three quarters.
+        layers: 0-based layers to patch; None spreads `layer_count` of them from a quarter to 85 % of the depth, so that
+            reading a document costs less than a whole forward pass.
         modules: target modules as endings of their path in a layer; None is the MLP's output projection.
         chunk_tokens: longest piece of document read at once.
         moment_directions, ridge: see `SecondMoment`.
@@ -23,7 +24,7 @@ class GeneratorConfig(BaseModel):
     options: dict[str, Any] = {}
     rank: int = Field(default=64, gt=0)
     layers: list[int] | None = Field(default=None, min_length=1)
-    layer_count: int = Field(default=8, gt=0)
+    layer_count: int = Field(default=6, gt=0)
     modules: list[str] | None = None
     chunk_tokens: int = Field(default=512, gt=1)
     moment_directions: int = Field(default=32, ge=0)
@@ -32,5 +33,6 @@ class GeneratorConfig(BaseModel):
     def resolve_layers(self, total: int) -> list[int]:
         if self.layers is not None:
             return self.layers
-        first, last, count = round(0.27 * total), max(round(0.27 * total), total - 2), min(self.layer_count, total)
+        first, count = round(0.27 * total), min(self.layer_count, total)
+        last = max(first, round(0.85 * total) - 1)
         return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})

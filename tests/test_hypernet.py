@@ -3,9 +3,9 @@ import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.hypernet import HYPERNETS
-from hyperlora.hypernet.associative import compete
+from hyperlora.hypernet.associative import compete, strongest
 
-from .conftest import make_generator
+from .conftest import OPTIONS, make_base, make_generator
 from .test_statistics import fitted
 
 
@@ -37,3 +37,29 @@ def test_competing_slots_are_the_ridge_solution() -> None:
     c = moment.dense()
     slow = torch.linalg.solve(x[0].T @ x[0] + ridge * 24 * c, x[0].T @ values)
     torch.testing.assert_close(update, slow, rtol=1e-3, atol=1e-4)
+
+
+def test_the_strongest_tokens_point_whatever_the_padding() -> None:
+    strength = torch.tensor([[0.2, 0.9, 0.5, 0.5, 0.7], [0.3, 0.1, 9.0, 9.0, 9.0]])[..., None]
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    assert strongest(strength, mask, 3).squeeze(-1).tolist() == [[1, 2, 4], [0, 1, 2]]
+    assert strongest(strength, mask, 9).shape == (2, 5, 1)
+
+
+def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: list[str]) -> None:
+    base, few = make_base(), 12
+    free = make_generator(base, options={**OPTIONS, "pointers": 500})
+    capped = make_generator(base, options={**OPTIONS, "pointers": few})
+    for text, same in ((documents[0][:25], True), (documents[0], False)):
+        ids = free.encoder.tokenize(text)
+        assert (len(ids) <= few) is same
+        features = free.encoder.read([ids])
+        (a, b), (capped_a, capped_b) = (g.hypernet(features, g.statistics)[0] for g in (free, capped))
+        assert capped_a.shape[1] == len(ids) + min(few, len(ids))
+        assert torch.allclose(b @ a, capped_b @ capped_a, atol=1e-5) is same
+    with_others = capped.factors([capped.encoder.tokenize(text) for text in documents])
+    alone = capped.factors([capped.encoder.tokenize(documents[1])])
+    for path, (a, b) in alone.items():
+        torch.testing.assert_close(
+            (with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5
+        )

@@ -46,3 +46,24 @@ def test_calibration_measures_the_inputs_of_the_module() -> None:
     handle.remove()
     x = torch.cat(seen)
     torch.testing.assert_close(generator.statistics[1].moment.dense(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_size_of_the_stream_ignores_a_few_huge_channels() -> None:
+    """Huge channels multiply the norm of the stream; a patch as large as that would drown the others."""
+
+    def sizes(huge: float) -> torch.Tensor:
+        base = make_base()
+        base.model.model.embed_tokens.weight.data[:, :2] *= huge
+        generator = make_generator(base)
+        return torch.stack([stat.residual_norm for stat in generator.statistics])
+
+    plain = sizes(1.0)
+    assert (plain > 0).all()
+    assert (sizes(1000.0) < 4 * plain).all()
+
+
+def test_the_size_of_a_gaussian_stream_is_its_norm() -> None:
+    base = make_base()
+    torch.nn.init.normal_(base.model.model.embed_tokens.weight, std=1000.0)  # the layers add nothing beside that
+    size = float(make_generator(base).statistics[0].residual_norm)
+    assert abs(size / (1000.0 * 32**0.5) - 1) < 0.15

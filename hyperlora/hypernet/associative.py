@@ -26,7 +26,7 @@ from hyperlora.structure import Site
 class Associative(Hypernet):
     """Copy slots and pointer slots over a small bidirectional transformer.
 
-    For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual norm |h| and strength
+    For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual size |h| and strength
     g = reach * sigmoid(w z_t):
 
     - copy: keys from x_t, values g |h| (c * e(t+1) + W z_t): after t comes t+1.
@@ -37,7 +37,7 @@ class Associative(Hypernet):
         sites: the modules to write to; each writes into the residual stream (d_out = `d_model`).
         width, depth, heads: of the transformer behind z.
         copy_scale, pointer_scale: initial c and c'.
-        pointer: whether to add pointer slots.
+        pointers: pointer slots of one document, at its strongest tokens; 0 for none.
         reach: the largest strength of a slot; a copy slot starts at 1. Above 1, a word that the base finds unlikely can
             outweigh what the base would rather say.
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
@@ -51,9 +51,9 @@ class Associative(Hypernet):
         width: int = 320,
         depth: int = 2,
         heads: int = 5,
-        pointer: bool = True,
-        copy_scale: float = 0.15,
-        pointer_scale: float = 0.02,
+        pointers: int = 128,
+        copy_scale: float = 0.25,
+        pointer_scale: float = 0.035,
         reach: float = 4.0,
         ridge: float = 0.3,
     ):
@@ -65,12 +65,13 @@ class Associative(Hypernet):
             raise InputError(f"options of the hypernet associative: heads ({heads}) must divide width ({width})")
         if reach <= 1:
             raise InputError(f"options of the hypernet associative: reach ({reach}) must be greater than 1")
+        self.pointers = pointers
         self.mix = nn.Linear(4 * d_model, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
-        self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointer)
-        self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointer)
+        self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
+        self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
 
     def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:
@@ -82,12 +83,14 @@ class Associative(Hypernet):
             rows = [stat.moment.solve(x)]
             columns = [compete(x, rows[0], self.copy[index](z, features.following) * mask, ridge[0])]
             if len(self.aim):
-                x = self.aim[index](z) * mask
+                tokens = strongest(self.point[index].strength(z), features.mask, self.pointers)
+                at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
+                x = self.aim[index](at) * kept
                 toward = stat.moment.solve(x)
                 # Made as large as a typical input: x^T C^-1 x = d_in.
                 size = (x.shape[-1] / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
                 rows.append(toward * size)
-                columns.append(compete(x * size, rows[1], self.point[index](z, features.words) * mask, ridge[1]))
+                columns.append(compete(x * size, rows[1], self.point[index](at, words) * kept, ridge[1]))
             a = torch.cat(rows, dim=1)  # (documents, slots, d_in)
             b = torch.cat(columns, dim=1) * (stat.residual_norm / stat.gain)
             factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))
@@ -112,6 +115,13 @@ def compete(x: Tensor, toward: Tensor, values: Tensor, ridge: Tensor) -> Tensor:
     return torch.cholesky_solve(values, torch.linalg.cholesky(gram))
 
 
+def strongest(strength: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The `count` tokens of most `strength` (documents, tokens, 1), in document order; padding only where there are not
+    enough. Returns their places (documents, count or fewer, 1). Among equals the earlier wins."""
+    ranked = strength.squeeze(-1).masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
+    return ranked[:, :count].sort(dim=1).values[..., None]
+
+
 class _Value(nn.Module):
     """g (c * e + W z), (documents, tokens, d_model); c is a scale per channel, W starts at zero, g at `strength`.
 
@@ -128,8 +138,12 @@ class _Value(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, math.log(strength / (reach - strength)))
 
+    def strength(self, z: Tensor) -> Tensor:
+        """g (documents, tokens, 1)."""
+        return self.reach * torch.sigmoid(self.gate(z))
+
     def forward(self, z: Tensor, words: Tensor) -> Tensor:
-        return self.reach * torch.sigmoid(self.gate(z)) * (self.scale * words + self.step * self.learned(z))
+        return self.strength(z) * (self.scale * words + self.step * self.learned(z))
 
 
 class _Block(nn.Module):
