@@ -60,6 +60,4 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
     with_others = capped.factors([capped.encoder.tokenize(text) for text in documents])
     alone = capped.factors([capped.encoder.tokenize(documents[1])])
     for path, (a, b) in alone.items():
-        torch.testing.assert_close(
-            (with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close((with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5)
