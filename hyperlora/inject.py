@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,25 @@ from hyperlora.patch import Patch
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
+@dataclass
+class TokenGate:
+    """Says at which tokens an injected adapter acts: `value` (batch, tokens) scales it in the next forward pass, None
+    lets it act everywhere. A gated adapter cannot be merged into the weights (CCM, Kim et al. 2024)."""
+
+    value: Tensor | None = None
+
+
 @contextmanager
-def inject(model: nn.Module, factors: Factors, rows: Tensor | None = None) -> Iterator[None]:
+def inject(
+    model: nn.Module, factors: Factors, rows: Tensor | None = None, gate: TokenGate | None = None
+) -> Iterator[None]:
     """Add `B A x` to the output of every named module inside the block.
 
     Args:
         factors: per module path, for a batch of documents.
         rows: (batch,) the document of each example. Default: the examples of a document stand together, equally
             many for each. Beam search repeats each example, and its rows with it.
+        gate: at which tokens the factors act; default everywhere.
 
     With activation checkpointing, call `backward()` inside the block: the layers run again there and must find the
     same patch.
@@ -33,7 +45,8 @@ def inject(model: nn.Module, factors: Factors, rows: Tensor | None = None) -> It
         factors = {path: (a[order], b[order]) for path, (a, b) in factors.items()}
         examples = len(rows)
     handles = [
-        model.get_submodule(path).register_forward_hook(_adder(a, b, examples)) for path, (a, b) in factors.items()
+        model.get_submodule(path).register_forward_hook(_adder(a, b, examples, gate))
+        for path, (a, b) in factors.items()
     ]
     try:
         yield
@@ -42,7 +55,7 @@ def inject(model: nn.Module, factors: Factors, rows: Tensor | None = None) -> It
             handle.remove()
 
 
-def _adder(a: Tensor, b: Tensor, examples: int) -> Any:
+def _adder(a: Tensor, b: Tensor, examples: int, gate: TokenGate | None) -> Any:
     def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0]  # (batch, tokens, d_in)
         if x.shape[0] % a.shape[0] or x.shape[0] % examples:
@@ -52,7 +65,10 @@ def _adder(a: Tensor, b: Tensor, examples: int) -> Any:
         # The product is small and matters: keep it in the factors' precision, which may be higher than the model's.
         blocks = x.to(a.dtype).reshape(a.shape[0], -1, x.shape[-1])
         delta = torch.bmm(torch.bmm(blocks, a.mT), b.mT)
-        return output + delta.reshape(output.shape).to(output.dtype)
+        delta = delta.reshape(output.shape)
+        if gate is not None and gate.value is not None:
+            delta = delta * gate.value[..., None].to(delta.dtype)
+        return output + delta.to(output.dtype)
 
     return add
 
@@ -71,10 +87,15 @@ def patched(model: nn.Module, patch: Patch | Sequence[Patch], rows: Tensor | Non
     device = next(model.parameters()).device
     for one in patches:
         one.check(model)
-    paths = sorted({path for one in patches for path in one.factors})
-    factors = {path: tuple(_joined([one.factors.get(path) for one in patches], device)) for path in paths}
-    with inject(model, factors, rows):  # type: ignore[arg-type]
+    with inject(model, stack_patches(patches, device), rows):
         yield model
+
+
+def stack_patches(patches: Sequence[Patch | None], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors for `inject`: patches of any ranks and modules (None: of no effect) side by side, in float32."""
+    parts = [patch.factors if patch is not None else {} for patch in patches]
+    paths = sorted({path for part in parts for path in part})
+    return {path: _joined([part.get(path) for part in parts], device) for path in paths}
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor] | None], device: torch.device) -> tuple[Tensor, Tensor]:

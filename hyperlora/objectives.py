@@ -44,7 +44,7 @@ def collate(rows: list[Row], device: torch.device) -> Batch:
 
 
 @contextmanager
-def _only(model: Any, positions: Tensor) -> Iterator[None]:
+def only_positions(model: Any, positions: Tensor) -> Iterator[None]:
     """Inside the block the output layer sees only `positions` (rows, tokens): it is most of a small model's cost."""
 
     def select(_: nn.Module, args: tuple) -> tuple:
@@ -59,7 +59,7 @@ def _only(model: Any, positions: Tensor) -> Iterator[None]:
 
 def label_logits(model: Any, batch: Batch) -> Tensor:
     """Logits (labels, vocabulary) in float32 at the positions that predict a label."""
-    with _only(model, batch.labelled):
+    with only_positions(model, batch.labelled):
         return model(input_ids=batch.ids, use_cache=False).logits.float()
 
 
@@ -72,3 +72,21 @@ def kl_from_bare(model: Any, batch: Batch, bare: Tensor) -> Tensor:
     """Sum over positions of KL(bare || patched), nats; `bare` are the bare model's logits at the same positions."""
     patched = F.log_softmax(label_logits(model, batch), dim=-1)
     return F.kl_div(patched, F.log_softmax(bare, dim=-1), reduction="sum", log_target=True)
+
+
+def top_k_kl(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+    """Sum over positions of KL(teacher || student), nats, from the teacher's likeliest tokens.
+
+    What the teacher leaves to all other tokens is compared as one outcome, so that the divergence is zero only where
+    the student gives the same total to them.
+
+    Args:
+        logits: of the student (positions, vocabulary).
+        ids, log_probs: of the teacher (positions, k).
+    """
+    student = F.log_softmax(logits, dim=-1).gather(1, ids)
+    rest = 1 - log_probs.exp().sum(-1)
+    likely = (log_probs.exp() * (log_probs - student)).sum()
+    small = 1e-6
+    student_rest = (1 - student.exp().sum(-1)).clamp_min(small)
+    return likely + (rest.clamp_min(small) * (rest.clamp_min(small).log() - student_rest.log())).sum()

@@ -59,6 +59,11 @@ class Patch:
         return next(iter(self.factors.values()))[0].dtype
 
     @property
+    def elements(self) -> int:
+        """Numbers in the tensors."""
+        return sum(t.numel() for pair in self.factors.values() for t in pair)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(t.numel() * t.element_size() for pair in self.factors.values() for t in pair)

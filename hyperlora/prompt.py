@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SLOT = "\u2402slot\u2402"
+GAP = "\n\n"  # between the context and the question
 _REPLY = "\u2402reply\u2402"
 
 
@@ -31,9 +32,13 @@ class PromptFormat:
         """Token ids of one prompt, with the document in it or (None) without."""
         ids = encode(tokenizer, self.prefix)
         if context is not None:
-            ids += document_ids(tokenizer, context) + encode(tokenizer, "\n\n")
+            ids += document_ids(tokenizer, context) + encode(tokenizer, GAP)
+        return ids + self.question_ids(tokenizer, question)
+
+    def question_ids(self, tokenizer: Any, question: str) -> list[int]:
+        """Token ids of what comes after the context slot."""
         asked = self.question.replace("{question}", question)
-        return ids + document_ids(tokenizer, asked) + encode(tokenizer, self.suffix)
+        return document_ids(tokenizer, asked) + encode(tokenizer, self.suffix)
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
         """Token ids of a reply and of the token that ends it."""

@@ -65,14 +65,6 @@ class Trainer:
         self.unrelated_drawn = 0
         self.skipped = 0
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth at the last step."""
-        recipe = self.recipe
-        if step < recipe.warmup:
-            return recipe.learning_rate * (step + 1) / recipe.warmup
-        part = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-        return recipe.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
-
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _rows(self, index: int, item: Item, rng: random.Random) -> list[Row]:
@@ -144,7 +136,7 @@ class Trainer:
             torch.autograd.backward([tensor for tensor, _ in ends], [leaf.grad for _, leaf in ends])
         norm = torch.nn.utils.clip_grad_norm_(self.generator.hypernet.parameters(), recipe.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = cosine(recipe.learning_rate, self.step, recipe.warmup, recipe.steps)
         self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
         if self.skipped == 0:
             self.optimizer.step()
@@ -250,6 +242,14 @@ class Trainer:
         if path.exists():
             whole = path.read_text().split("\n")[:-1]  # a killed process may leave half a line
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+def cosine(rate: float, step: int, warmup: int, steps: int) -> float:
+    """Learning rate of a step: linear warm-up to `rate`, then a cosine to a tenth of it at the last step."""
+    if step < warmup:
+        return rate * (step + 1) / warmup
+    part = (step - warmup) / max(1, steps - warmup)
+    return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
 
 
 def start(recipe: Recipe, folder: Path, name: str, **base_options: Any) -> Trainer:

@@ -3,11 +3,13 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
 import hyperlora
 from hyperlora.cli.ask import ask
+from hyperlora.cli.compare import compare, methods
 from hyperlora.cli.compose import compose
 from hyperlora.cli.evaluate import evaluate
 from hyperlora.cli.generate import generate
@@ -21,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (generate, ask, inspect, compose, train, evaluate):
+for command in (generate, ask, inspect, compose, train, evaluate, compare, methods):
     app.command()(command)
 
 
@@ -43,9 +45,14 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: expected failures become one line on stderr and an exit code."""
+    """Entry point of `hyperlora`."""
+    guarded(app)
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command line: expected failures become one line on stderr and an exit code."""
     try:
-        app()
+        command()
     except HyperloraError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:

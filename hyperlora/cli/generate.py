@@ -1,7 +1,6 @@
 """`hyperlora generate`: documents in, PEFT adapters out."""
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -44,7 +43,7 @@ def generate(
     """
     source = lone_document(inputs) or Corpus(inputs)
     single = isinstance(source, Document)
-    part = _part(shard)
+    part = options.read_shard(shard)
     if single and shard:
         raise InputError("--shard divides a corpus; a single document has no shards")
     if single:
@@ -61,15 +60,6 @@ def generate(
     else:
         for record in records:
             print(_line(record, loaded.base.attention))
-
-
-def _part(shard: str | None) -> tuple[int, int]:
-    if shard is None:
-        return 1, 1
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"--shard {shard!r}: use i/n with i from 1 to n, such as 1/4")
-    return int(match[1]), int(match[2])
 
 
 def _check_corpus_output(output: Path) -> None:

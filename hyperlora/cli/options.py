@@ -1,8 +1,11 @@
 """Options that several commands share."""
 
+import re
 from typing import Annotated
 
 import typer
+
+from hyperlora.errors import InputError
 
 Base = Annotated[str | None, typer.Option("--base", help="Base model: embedded name, directory, .gguf file or hub id.")]
 GeneratorName = Annotated[
@@ -16,3 +19,13 @@ Quantize = Annotated[int | None, typer.Option("--quantize", help="Load the base 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code. Off unless asked.")
 ]
+
+
+def read_shard(text: str | None) -> tuple[int, int]:
+    """`i/n`, i from 1; the whole when there is none. Raises InputError for anything else."""
+    if text is None:
+        return 1, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--shard {text!r}: use i/n with i from 1 to n, such as 1/4")
+    return int(match[1]), int(match[2])

@@ -1,5 +1,6 @@
 """The unit of training and evaluation: a document and what can be asked of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -14,9 +15,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """A document with its questions. `following` is text that comes after it, when it was cut from a longer one."""
+    """A document with its questions. `following` is text that comes after it, when it was cut from a longer one; `tags`
+    are what results can be grouped by, such as its length in tokens.
+    """
 
     id: str
     text: str
     questions: tuple[Question, ...] = ()
     following: str = field(default="", repr=False)
+    tags: Mapping[str, float | str] = field(default_factory=dict)

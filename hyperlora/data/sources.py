@@ -2,26 +2,29 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperlora.data.items import Item, Question
+from hyperlora.data.items import Item
+from hyperlora.data.rows import asked_of_context, asked_of_prompt, item_of
 from hyperlora.errors import InputError, nearest
 from hyperlora.reading import read_lines
-
-FEW_WORDS = " Answer in a few words."
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its file under `HYPERLORA_DATA`, and where the hub has it."""
+    """A data set: its file under `HYPERLORA_DATA`, where the hub has it ("": nowhere), and what to make of a row.
+
+    `item` takes a row and the id that it gets when it has none; None is a row to leave out.
+    """
 
     file: str
-    hub: str
-    subset: str | None
-    split: str
+    hub: str = ""
+    subset: str | None = None
+    split: str = ""
+    item: Callable[[dict[str, Any], str], Item | None] = item_of
 
 
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -34,8 +37,13 @@ SOURCES = {
     "wikitext2_valid": Source("wikitext2_raw_valid.txt.gz", *_WIKITEXT, "validation"),
     "wikitext2_test": Source("wikitext2_raw_test.txt.gz", *_WIKITEXT, "test"),
     "c4": Source("c4_sample.jsonl.gz", "allenai/c4", "realnewslike", "validation"),
-    "speeches": Source("us_speeches.jsonl.gz", "", None, ""),
-    "books": Source("gutenberg_books.jsonl.gz", "", None, ""),
+    "speeches": Source("us_speeches.jsonl.gz"),
+    "books": Source("gutenberg_books.jsonl.gz"),
+    "stories": Source("squality_stories_train.jsonl.gz"),
+    "dolly": Source("dolly_3k.jsonl.gz", "databricks/databricks-dolly-15k", None, "train", asked_of_context),
+    "alpaca_seen": Source("alpaca_plus_validation_seen.jsonl.gz", item=asked_of_prompt),
+    "alpaca_unseen": Source("alpaca_plus_validation_unseen.jsonl.gz", item=asked_of_prompt),
+    "alpaca_human": Source("alpaca_plus_validation_human.jsonl.gz", item=asked_of_prompt),
 }
 
 
@@ -51,14 +59,14 @@ def load(name: str) -> list[Item]:
     if name in SOURCES:
         source = SOURCES[name]
         if folder := os.environ.get("HYPERLORA_DATA"):
-            return list(_read(Path(folder) / source.file))
+            return list(_read(Path(folder) / source.file, source.item))
         return list(_from_hub(name, source))
     if name.removesuffix(".gz").endswith((".jsonl", ".txt")):
-        return list(_read(Path(name)))
+        return list(_read(Path(name), item_of))
     raise InputError(f"unknown data source {name!r}; {nearest(name, SOURCES)}; or give a .jsonl or .txt file")
 
 
-def _read(path: Path) -> Iterator[Item]:
+def _read(path: Path, make: Callable[[dict[str, Any], str], Item | None]) -> Iterator[Item]:
     if not path.is_file():
         raise InputError(f"no data file {path}; set HYPERLORA_DATA to the folder that holds it")
     lines = read_lines(path)
@@ -67,35 +75,17 @@ def _read(path: Path) -> Iterator[Item]:
         return
     for number, line in enumerate(lines, 1):
         try:
-            item = item_of(json.loads(line), f"{path.name}-{number}")
+            item = make(json.loads(line), f"{path.name}-{number}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: {_describe(error)}") from error
-        yield item
+        if item is not None:
+            yield item
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg}, column {error.colno})"
     return f"field {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
-
-
-def item_of(record: dict[str, Any], default_id: str) -> Item:
-    """An item from one JSONL record. Raises KeyError or TypeError when a field is missing or of a wrong type."""
-    if not isinstance(record, dict):
-        raise TypeError(f"expected a JSON object, not {type(record).__name__}")
-    text = record["context"] if "qas" in record else record["text"]
-    if not isinstance(text, str):
-        raise TypeError(f"the document must be a string, not {type(text).__name__}")
-    return Item(str(record.get("id", default_id)), text, tuple(_question(qa) for qa in record.get("qas", ())))
-
-
-def _question(qa: dict[str, Any]) -> Question:
-    if not isinstance(qa["answers"], list) or not all(isinstance(answer, str) for answer in qa["answers"]):
-        raise TypeError("answers must be a list of strings")
-    answers = [answer for answer in qa["answers"] if answer.strip()]
-    if not answers:
-        raise ValueError(f"question {qa['question']!r} has no answer")
-    return Question(qa["question"].strip() + FEW_WORDS, min(answers, key=len), tuple(answers))
 
 
 def _articles(text: str, name: str) -> Iterator[Item]:
@@ -124,6 +114,10 @@ def _from_hub(name: str, source: Source) -> Iterator[Item]:
         ) from error
     if source.hub == "Salesforce/wikitext":
         yield from _articles("\n".join(row["text"].rstrip("\n") for row in rows), name)
+        return
+    if source.item is not item_of:
+        made = (source.item(row, f"{name}-{number}") for number, row in enumerate(rows))
+        yield from (item for item in made if item is not None)
         return
     contexts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

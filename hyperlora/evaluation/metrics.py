@@ -1,6 +1,7 @@
-"""Answer scores in plain functions: the official SQuAD normalisation, exact match, token F1, containment.
+"""Scores of a text against accepted ones, in plain functions: exact match, token F1, containment, ROUGE-L.
 
-Source: Rajpurkar et al. 2016 (arXiv 1606.05250), evaluation script v1.1, re-implemented.
+Sources: Rajpurkar et al. 2016 (arXiv 1606.05250), evaluation script v1.1, re-implemented; ROUGE-L of Lin 2004 (ACL
+W04-1013).
 """
 
 import re
@@ -39,4 +40,25 @@ def contains(prediction: str, answers: Iterable[str]) -> float:
     return float(any(f" {normalise(answer)} " in text for answer in answers))
 
 
+def rouge_l(prediction: str, answers: Iterable[str]) -> float:
+    """Largest ROUGE-L F-measure over the answers, 0 to 1: balanced, over lower-case words, without stemming."""
+    return max(_rouge_l(_words(prediction), _words(answer)) for answer in answers)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _rouge_l(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = [0] * (len(answer) + 1)  # longest common subsequence of the prediction so far and of answer[:i]
+    for word in prediction:
+        above = common[:]
+        for i, other in enumerate(answer):
+            common[i + 1] = above[i] + 1 if word == other else max(above[i + 1], common[i])
+    return 2 * common[-1] / (len(prediction) + len(answer))
+
+
 METRICS = {"f1": f1, "exact_match": exact_match, "contains": contains}
+TEXT_METRICS = {**METRICS, "rouge_l": rouge_l}  # and what suits longer texts than answers

@@ -83,14 +83,16 @@ class Associative(Hypernet):
             rows = [stat.moment.solve(x)]
             columns = [compete(x, rows[0], self.copy[index](z, features.following) * mask, ridge[0])]
             if len(self.aim):
-                tokens = strongest(self.point[index].strength(z), features.mask, self.pointers)
+                point = self.point[index]
+                assert isinstance(point, _Value)
+                tokens = strongest(point.strength(z), features.mask, self.pointers)
                 at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
                 x = self.aim[index](at) * kept
                 toward = stat.moment.solve(x)
                 # Made as large as a typical input: x^T C^-1 x = d_in.
                 size = (x.shape[-1] / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
                 rows.append(toward * size)
-                columns.append(compete(x * size, rows[1], self.point[index](at, words) * kept, ridge[1]))
+                columns.append(compete(x * size, rows[1], point(at, words) * kept, ridge[1]))
             a = torch.cat(rows, dim=1)  # (documents, slots, d_in)
             b = torch.cat(columns, dim=1) * (stat.residual_norm / stat.gain)
             factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))

@@ -1,0 +1,143 @@
+"""Train one LoRA for all documents, with the document in the prompt: the adapted full context.
+
+It sees the questions that a generator's recipe draws, in the same order and for as many updates, so that what a
+generator gains beyond it is not the form of the answers. Its learning rate is the best of several on documents held out.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hyperlora import checkpoint
+from hyperlora.base_model import BaseModel
+from hyperlora.checkpoint import Checkpoint
+from hyperlora.data.items import Item
+from hyperlora.data.mix import Mix
+from hyperlora.errors import InputError
+from hyperlora.files import write_text
+from hyperlora.inject import inject
+from hyperlora.methods.adapted import fresh_adapter
+from hyperlora.objectives import Row, collate, cross_entropy
+from hyperlora.recipe import Recipe
+from hyperlora.shared_state import SharedState
+from hyperlora.structure import text_config
+from hyperlora.training import cosine
+
+_HELD_OUT = 20  # one document in so many validates
+_VALIDATION = 64  # documents
+_BATCH = 8  # rows at once in validation
+
+
+class Adapter(nn.Module):
+    """LoRA factors of one shared patch as parameters."""
+
+    def __init__(self, base: BaseModel, recipe: Recipe):
+        super().__init__()
+        layers = recipe.generator.resolve_layers(text_config(base.model).num_hidden_layers)
+        fresh = fresh_adapter(base, recipe.generator.rank, layers, recipe.seed, recipe.generator.modules)
+        self.paths = list(fresh)
+        self.a = nn.ParameterList(a.detach() for a, _ in fresh.values())
+        self.b = nn.ParameterList(b.detach() for _, b in fresh.values())
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return dict(zip(self.paths, zip(self.a, self.b, strict=True), strict=True))
+
+
+def train_adapter(recipe: Recipe, base: BaseModel, rates: Sequence[float], folder: Path) -> dict[str, float]:
+    """Train with every learning rate in `folder`/rate-*, keep the best in `folder`/adapter; resumes where it stopped.
+
+    Returns:
+        validation loss, nats per label token, by learning rate; also written to sweep.json.
+
+    Raises:
+        InputError: the recipe asks no questions about documents, or the folder holds another recipe's run.
+    """
+    losses: dict[str, float] = {}
+    best: Adapter | None = None
+    for rate in rates:
+        name = f"{rate:g}"
+        adapter = _train(recipe, base, rate, folder / f"rate-{name}")
+        losses[name] = validation_loss(recipe, base, adapter)
+        if losses[name] == min(losses.values()):
+            best = adapter
+    assert best is not None
+    SharedState("adapted_full", adapter=best.factors()).save(folder / "adapter", base, force=True)
+    write_text(folder / "sweep.json", json.dumps(losses, indent=1) + "\n")
+    return losses
+
+
+def held_out(item: Item) -> bool:
+    return zlib.crc32(item.id.encode()) % _HELD_OUT == 0
+
+
+def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path) -> Adapter:
+    adapter, mix = Adapter(base, recipe), Mix(list(recipe.mix), recipe.seed, base.tokenizer)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=recipe.weight_decay)
+    settings = recipe.model_dump(mode="json", include={"base", "seed", "documents", "mix", "generator"}) | {
+        "rate": rate
+    }
+    step = 0
+    if (found := checkpoint.find(folder)) is not None:
+        loaded = checkpoint.load(found)
+        if loaded.position["settings"] != settings:
+            raise InputError(f"{folder} holds another recipe's run; choose another -o")
+        loaded.restore(adapter, optimizer)
+        step, mix.state = loaded.position["step"], loaded.position["drawn"]
+    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc=f"learning rate {rate:g}")
+    while step < recipe.steps:
+        items = [item for item, _ in (mix.draw() for _ in range(recipe.documents)) if not held_out(item)]
+        rows = _rows(base, items)
+        if rows:
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(rate, step, recipe.warmup, recipe.steps)
+            batch = collate(rows, base.device)
+            with inject(base.model, adapter.factors()):
+                loss = cross_entropy(base.model, batch) / len(batch.targets)
+                loss.backward()
+            nn.utils.clip_grad_norm_(adapter.parameters(), recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+        step += 1
+        bar.update()
+        if step % recipe.save_every == 0 or step == recipe.steps:
+            position = {"step": step, "drawn": mix.state, "settings": settings}
+            Checkpoint.of(adapter, optimizer, position).save(folder)
+    bar.close()
+    return adapter
+
+
+def _rows(base: BaseModel, items: Sequence[Item]) -> list[Row]:
+    """The questions of the items, each with its document in the prompt."""
+    rows = []
+    for item in items:
+        for question in item.questions:
+            prompt = base.prompt.prompt_ids(base.tokenizer, question.text, item.text)
+            rows.append(Row(0, prompt + base.prompt.answer_ids(base.tokenizer, question.reply), len(prompt)))
+    return rows
+
+
+@torch.no_grad()
+def validation_loss(recipe: Recipe, base: BaseModel, adapter: Adapter) -> float:
+    """Nats per label token on one question each of held-out documents."""
+    documents = Mix(list(recipe.mix), recipe.seed, base.tokenizer).documents()
+    found = {item.id: item for item in documents if item.questions and held_out(item)}
+    if not found:
+        raise InputError("the recipe has no documents with questions to choose a learning rate on; add a qa task")
+    chosen = sorted(found, key=lambda name: zlib.crc32(name.encode()))[:_VALIDATION]
+    rng = random.Random(recipe.seed)
+    asked = [Item(name, found[name].text, (rng.choice(found[name].questions),)) for name in chosen]
+    rows = _rows(base, asked)
+    total, labels = 0.0, 0
+    for start in range(0, len(rows), _BATCH):
+        batch = collate(rows[start : start + _BATCH], base.device)
+        with inject(base.model, adapter.factors()):
+            total += float(cross_entropy(base.model, batch))
+        labels += len(batch.targets)
+    return total / labels

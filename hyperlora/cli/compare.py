@@ -1,0 +1,73 @@
+"""`hyperlora compare` and `hyperlora methods`: methods against tasks, and which methods there are."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperlora.cli import loading, options
+from hyperlora.errors import InputError
+
+
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="Experiment (YAML): tasks and methods.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results; an unfinished one goes on.")],
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: do every n-th unit only, i from 1; run without it to report.")
+    ] = None,
+    base: options.Base = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Run methods on tasks with controls, costs and 95 % intervals; write results.json and a report.
+
+    What is finished is kept: the same command goes on where it was stopped. Under torchrun or deepspeed every rank does
+    a shard, and the first one reports.
+    """
+    from hyperlora.base_model import load_base
+    from hyperlora.compare.experiment import read_experiment
+    from hyperlora.compare.run import Comparison
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and shard is not None:
+        raise InputError("--shard is set by the launcher's rank here; leave it out")
+    part = (int(os.environ["RANK"]) + 1, ranks) if ranks > 1 else options.read_shard(shard)
+    read = read_experiment(experiment)
+    loaded = load_base(base or read.base, **loading.base_options(device, dtype, None, False))
+    comparison = Comparison(read, loaded, output, part)
+    comparison.run()
+    if ranks > 1:
+        _wait_for_all()
+        if part[0] > 1:
+            return
+        comparison = Comparison(read, loaded, output)  # reads what the others did
+    elif shard is not None:
+        print(f"shard {shard} is done; run without --shard when all are", file=sys.stderr)
+        return
+    for path in comparison.report(f"hyperlora compare {experiment} -o {output}"):
+        print(path)
+
+
+def _wait_for_all() -> None:
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def methods(as_json: options.Json = False) -> None:
+    """List the methods that `compare` knows, with their settings."""
+    import json
+
+    from hyperlora.methods import METHODS
+
+    if as_json:
+        print(json.dumps({name: method.Settings.model_json_schema() for name, method in METHODS.items()}))
+        return
+    for name, method in sorted(METHODS.items()):
+        print(f"{name}: {method.summary()}")
+        for setting, field in method.Settings.model_fields.items():
+            print(f"    {setting} = {field.default!r}")

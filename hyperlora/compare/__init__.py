@@ -1,0 +1,1 @@
+"""Methods against tasks, with controls, costs and intervals."""

@@ -1,0 +1,41 @@
+"""Finished units of work, kept as they end: an append-only JSONL that survives being killed at any time."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Cache:
+    """Records by key. Every shard appends to a file of its own; all files of the folder are read.
+
+    A killed process leaves at most one broken last line, which is skipped.
+    """
+
+    def __init__(self, folder: Path, shard: str = "whole"):
+        self.path = folder / f"units-{shard}.jsonl"
+        self.records: dict[str, Any] = {}
+        for path in sorted(folder.glob("units-*.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
+                try:
+                    record = json.loads(line)
+                    self.records[record["key"]] = record["value"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.records
+
+    def __getitem__(self, key: str) -> Any:
+        return self.records[key]
+
+    def add(self, key: str, value: Any) -> None:
+        self.records[key] = value
+        broken = self.path.exists() and self.path.read_bytes()[-1:] not in (b"\n", b"")
+        with self.path.open("ab") as file:
+            file.write((b"\n" if broken else b"") + json.dumps({"key": key, "value": value}).encode() + b"\n")
+
+
+def digest(*parts: Any) -> str:
+    """A key: the hash of everything that determines a result."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,139 @@
+"""Experiments: which methods meet which tasks, as a YAML file says it, checked before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hyperlora.errors import InputError, nearest
+from hyperlora.methods import METHODS, Method
+from hyperlora.tasks import Task, read_task
+
+
+class MethodSpec(BaseModel):
+    """One row of the comparison.
+
+    Attributes:
+        method: name in the registry; `settings` are its own.
+        match: label of the method whose resident bytes this one may take, for budgeted methods.
+        items: it is run on the first so many documents of every task only; None for all.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    settings: dict[str, Any] = {}
+    match: str | None = None
+    items: int | None = Field(None, gt=1)
+
+    @property
+    def type(self) -> type[Method]:
+        return METHODS[self.method]
+
+
+class CostSetting(BaseModel):
+    """Costs are measured on the first `documents` of every task, one document at a time, with `tokens` generated."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int = Field(3, ge=0)
+    tokens: int = Field(16, gt=1)
+
+
+class Experiment(BaseModel):
+    """A whole comparison.
+
+    Attributes:
+        unit: documents that are compiled and answered together, and cached together.
+        unrelated: a text source on which forgetting is measured; None for no such measurement.
+        forgetting_documents: of every task, for forgetting (patches only).
+        adapted: label of the method that reads the document with an adapted model, for the adapted gain.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    base: str | None = None
+    seeds: list[int] = Field([0], min_length=1)
+    unit: int = Field(8, gt=1)
+    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
+    methods: dict[str, MethodSpec] = Field(min_length=1)
+    unrelated: str | None = "wikitext2_test"
+    forgetting_documents: int = Field(50, ge=0)
+    adapted: str | None = None
+    costs: CostSetting = Field(default_factory=lambda: CostSetting(documents=3, tokens=16))
+
+    def read_tasks(self) -> dict[str, Task]:
+        return {label: read_task(spec, f"task {label}") for label, spec in self.tasks.items()}
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check an experiment. In a method, keys other than `method`, `match` and `items` are its settings.
+
+    `full` and `none` are added where they are missing: no method is judged without them. So is a truncation to the
+    bytes of every method that others are not already matched with, when one method makes patches.
+
+    Raises:
+        InputError: not YAML, an unknown method, task or setting (with the nearest known names), in one line.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the experiment {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("methods"), dict):
+        raise InputError(f"{path} is not an experiment: it needs name, tasks and methods")
+    specs = {"full": {"method": "full"}, "none": {"method": "none"}} | content["methods"]
+    content["methods"] = {label: _method(path, label, spec) for label, spec in specs.items()}
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{path}: unknown key {where!r}; {nearest(where, Experiment.model_fields)}") from error
+        raise InputError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from error
+    for label, method in experiment.methods.items():
+        _check_match(path, experiment, label, method)
+    if experiment.adapted is not None and experiment.adapted not in experiment.methods:
+        raise InputError(f"{path}: adapted: no method {experiment.adapted!r}; {nearest(experiment.adapted, specs)}")
+    experiment.read_tasks()
+    return experiment
+
+
+def _method(path: Path, label: str, spec: Any) -> dict[str, Any]:
+    if not isinstance(spec, dict) or "method" not in spec:
+        raise InputError(f"{path}: method {label}: expected keys and values, among them 'method'")
+    name = spec["method"]
+    if name not in METHODS:
+        raise InputError(f"{path}: method {label}: unknown method {name!r}; {nearest(str(name), METHODS)}")
+    own = {key: value for key, value in spec.items() if key not in ("method", "match", "items")}
+    known = METHODS[name].Settings.model_fields
+    try:
+        settings = METHODS[name].Settings.model_validate(own)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = nearest(where, [*known, "match", "items"])
+            raise InputError(f"{path}: method {label}: unknown setting {where!r}; {hint}") from error
+        raise InputError(f"{path}: method {label}: {where}: {first['msg']} (got {first['input']!r})") from error
+    shared = {key: spec[key] for key in ("match", "items") if key in spec}
+    return {"method": name, "settings": json.loads(settings.model_dump_json()), **shared}
+
+
+def _check_match(path: Path, experiment: Experiment, label: str, spec: MethodSpec) -> None:
+    if not spec.type.budgeted:
+        if spec.match is not None:
+            raise InputError(f"{path}: method {label}: {spec.method} takes no budget; remove 'match'")
+        return
+    if spec.match is None:
+        raise InputError(f"{path}: method {label}: {spec.method} needs 'match', the method whose bytes it may take")
+    if spec.match not in experiment.methods:
+        hint = nearest(spec.match, experiment.methods)
+        raise InputError(f"{path}: method {label}: match: no method {spec.match!r}; {hint}")
+    if experiment.methods[spec.match].type.budgeted:
+        raise InputError(f"{path}: method {label}: match: {spec.match} has a budget itself; name one that has none")

@@ -1,0 +1,261 @@
+"""From the records of finished units to one results dictionary: scores, differences, gains, flags, costs."""
+
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hyperlora import __version__
+from hyperlora.base_model import BaseModel
+from hyperlora.compare.costs import break_even
+from hyperlora.compare.experiment import Experiment
+from hyperlora.compare.gain import recovered_gain
+from hyperlora.compare.units import Unit
+from hyperlora.data.items import Item
+from hyperlora.evaluation.bootstrap import interval
+from hyperlora.evaluation.metrics import TEXT_METRICS
+from hyperlora.tasks import Task
+
+LOWER_IS_BETTER = ("nll",)
+_EXAMPLES = 5
+Record = dict[str, Any]
+# Values per document, averaged over questions and seeds: [task][method][condition][metric][document id].
+Values = dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]
+
+
+def collect(
+    experiment: Experiment,
+    tasks: dict[str, Task],
+    items: dict[str, list[Item]],
+    finished: Sequence[tuple[Unit, list[Record]]],
+    costs: dict[str, dict[str, Any]],
+    base: BaseModel,
+    command: str,
+) -> dict[str, Any]:
+    """Everything that the report shows; what depends on the machine's speed stands under `timing` only."""
+    values = _values(tasks, items, finished)
+    records = [(unit, record) for unit, group in finished for record in group]
+    scores, differences, gains, flags = [], [], [], []
+    for task, methods in values.items():
+        for method, conditions in methods.items():
+            for condition in ("own", "swapped"):
+                for metric, found in conditions.get(condition, {}).items():
+                    row = {"task": task, "method": method, "condition": condition, "metric": metric}
+                    scores.append({**row, **_interval(list(found.values()))})
+            differences += _differences(task, method, methods)
+            gains += _gains(task, method, methods, experiment.adapted)
+            flags += _flags(task, method, methods)
+    return {
+        "name": experiment.name,
+        "version": __version__,
+        "command": command,
+        "base": {"name": base.name, "fingerprint": vars(base.fingerprint), "dtype": str(base.model.dtype)},
+        "machine": {"python": platform.python_version(), "torch": torch.__version__, "device": base.device.type},
+        "seeds": experiment.seeds,
+        "tasks": {
+            label: {
+                "kind": task.kind,
+                "metrics": [*task.metrics, *(["nll"] if task.kind == "answers" else [])],
+                "documents": len(items[label]),
+                "questions": sum(max(1, len(item.questions)) for item in items[label]),
+                "settings": experiment.tasks[label],
+            }
+            for label, task in tasks.items()
+        },
+        "methods": {label: _method(label, experiment, records, costs, base) for label in experiment.methods},
+        "scores": scores,
+        "differences": differences,
+        "gains": gains,
+        "flags": flags,
+        "forgetting": _forgetting(values, records),
+        "by_tag": _by_tag(values, items),
+        "curves": [],
+        "examples": _examples(items, finished),
+    }
+
+
+def _values(
+    tasks: dict[str, Task], items: dict[str, list[Item]], finished: Sequence[tuple[Unit, list[Record]]]
+) -> Values:
+    documents = {task: {item.id: item for item in found} for task, found in items.items()}
+    sums: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))))
+    for unit, records in finished:
+        metrics = [name for name in tasks[unit.task].metrics if name in TEXT_METRICS]
+        for record in records:
+            item = documents[unit.task][record["document"]]
+            for condition in ("own", "swapped", "beside"):
+                if condition not in record:
+                    continue
+                held = sums[unit.task][unit.method][condition]
+                replies = record[condition].get("replies", [])
+                for metric in metrics:
+                    for reply, question in zip(replies, item.questions, strict=True):
+                        held[metric][item.id].append(TEXT_METRICS[metric](reply, question.accepted))
+                held["nll"][item.id] += record[condition]["nll"]
+    return {
+        task: {
+            method: {
+                condition: {
+                    metric: {document: statistics.fmean(found) for document, found in by_document.items()}
+                    for metric, by_document in metrics.items()
+                }
+                for condition, metrics in conditions.items()
+            }
+            for method, conditions in methods.items()
+        }
+        for task, methods in sums.items()
+    }
+
+
+def _interval(found: Sequence[float]) -> dict[str, Any]:
+    mean, low, high = interval(found)
+    return {"mean": mean, "low": low, "high": high, "documents": len(found)}
+
+
+def _paired(one: dict[str, float], other: dict[str, float]) -> list[tuple[float, float]]:
+    """Values of the documents that both have."""
+    return [(value, other[document]) for document, value in one.items() if document in other]
+
+
+def _differences(task: str, method: str, methods: dict[str, Any]) -> list[Record]:
+    """The method's own score minus that of none, of the whole document, and of its swapped control."""
+    rows = []
+    others = {"none": methods.get("none"), "full": methods.get("full")}
+    for metric, own in methods[method]["own"].items():
+        against = {name: found["own"].get(metric, {}) for name, found in others.items() if found and name != method}
+        against["swapped"] = methods[method]["swapped"].get(metric, {})
+        for name, found in against.items():
+            pairs = _paired(own, found)
+            if pairs:
+                row = {"task": task, "method": method, "against": name, "metric": metric}
+                rows.append({**row, **_interval([a - b for a, b in pairs])})
+    return rows
+
+
+def _gains(task: str, method: str, methods: dict[str, Any], adapted: str | None) -> list[Record]:
+    rows: list[Record] = []
+    if method in ("none", "full"):
+        return rows
+    for metric, own in methods[method]["own"].items():
+        ends = [methods[name]["own"].get(metric, {}) for name in ("none", "full")]
+        shared = [document for document in own if all(document in end for end in ends)]
+        none, full = ends
+        row = {"task": task, "method": method, "metric": metric}
+        if shared:
+            top = [own[d] - none[d] for d in shared]
+            rows.append({**row, "kind": "raw", **recovered_gain(top, [full[d] - none[d] for d in shared])})
+        if adapted is None or adapted == method or adapted not in methods:
+            continue
+        swapped = methods[method]["swapped"][metric]
+        reader, misled = methods[adapted]["own"][metric], methods[adapted]["swapped"][metric]
+        shared = [d for d in own if d in reader]
+        if shared:
+            top = [own[d] - swapped[d] for d in shared]
+            rows.append({**row, "kind": "adapted", **recovered_gain(top, [reader[d] - misled[d] for d in shared])})
+    return rows
+
+
+def _flags(task: str, method: str, methods: dict[str, Any]) -> list[Record]:
+    """Methods whose memory of another document does as well as that of the right one."""
+    if method == "none":
+        return []
+    rows = []
+    for metric, own in methods[method]["own"].items():
+        pairs = _paired(own, methods[method]["swapped"].get(metric, {}))
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        _, low, _ = interval([sign * (a - b) for a, b in pairs])
+        if low <= 0:
+            reason = "the memory of another document is not clearly worse than that of the right one"
+            rows.append({"task": task, "method": method, "metric": metric, "reason": reason})
+    return rows
+
+
+def _method(
+    label: str,
+    experiment: Experiment,
+    records: Sequence[tuple[Unit, Record]],
+    costs: dict[str, dict[str, Any]],
+    base: BaseModel,
+) -> dict[str, Any]:
+    spec, own = experiment.methods[label], [record for unit, record in records if unit.method == label]
+    per_token = 2 * base.kv_bytes_per_token // base.model.dtype.itemsize
+    ratios = [r["tokens"] * per_token / r["resident_bytes"] for r in own if r["resident_bytes"]]
+    cost, full, cached = costs[label], costs["full"], costs.get("kv_cache")
+    even: dict[str, float | None] = {"re-prefilling": None, "cached KV": None}
+    if cost["compile_flops"] is not None:
+        compiled, query = cost["compile_flops"], cost["query_flops"]
+        even["re-prefilling"] = break_even(compiled, query, full["compile_flops"], full["query_flops"])
+        if cached is not None:
+            even["cached KV"] = break_even(compiled, query, cached["compile_flops"], cached["query_flops"])
+    return {
+        "name": spec.method,
+        "settings": spec.settings | ({"match": spec.match} if spec.match else {}),
+        "summary": spec.type.summary(),
+        "documents": spec.items,
+        "stored_bytes": statistics.median(r["stored_bytes"] for r in own),
+        "resident_bytes": statistics.median(r["resident_bytes"] for r in own),
+        "shared_bytes": max(r["shared_bytes"] for r in own),
+        "effective_ratio": statistics.median(ratios) if ratios else None,
+        "compile_flops": cost["compile_flops"],
+        "query_flops": cost["query_flops"],
+        "timing": cost["timing"],
+        "break_even": even,
+    }
+
+
+def _forgetting(values: Values, records: Sequence[tuple[Unit, Record]]) -> list[Record]:
+    """Loss on unrelated text with the patch on, above the bare model's; and how much worse the model reads a document
+    in the prompt while the patch of another one is on."""
+    rows: list[Record] = []
+    rises: dict[str, list[float]] = defaultdict(list)
+    for unit, record in records:
+        if "unrelated" in record:
+            rises[unit.method].append(record["unrelated"]["patched"] - record["unrelated"]["bare"])
+    for method, rise in rises.items():
+        measure = "loss on unrelated text, patch on minus bare"
+        rows.append({"method": method, "measure": measure, "unit": "nats per token", **_interval(rise)})
+    for task, methods in values.items():
+        for method, conditions in methods.items():
+            for metric, found in conditions.get("beside", {}).items():
+                pairs = _paired(found, methods["full"]["own"].get(metric, {}))
+                measure = f"{task}: {metric} with the document in the prompt, another's patch on minus bare"
+                change = _interval([a - b for a, b in pairs])
+                rows.append({"method": method, "measure": measure, "unit": metric, **change})
+    return rows
+
+
+def _by_tag(values: Values, items: dict[str, list[Item]]) -> list[Record]:
+    rows = []
+    for task, methods in values.items():
+        tags = {item.id: item.tags for item in items[task] if item.tags}
+        names = sorted({name for found in tags.values() for name in found})
+        for method, conditions in methods.items():
+            for metric, found in conditions["own"].items():
+                for name in names:
+                    groups: dict[Any, list[float]] = defaultdict(list)
+                    for document, value in found.items():
+                        if name in tags.get(document, {}):
+                            groups[tags[document][name]].append(value)
+                    row = {"task": task, "method": method, "metric": metric, "tag": name}
+                    rows += [{**row, "value": value, **_interval(group)} for value, group in sorted(groups.items())]
+    return rows
+
+
+def _examples(items: dict[str, list[Item]], finished: Sequence[tuple[Unit, list[Record]]]) -> list[Record]:
+    """The first question of the first documents, as every method answered it."""
+    replies: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for unit, records in finished:
+        for record in records:
+            if record["own"].get("replies"):
+                replies[unit.task, record["document"]].setdefault(unit.method, record["own"]["replies"][0])
+    rows = []
+    for task, documents in items.items():
+        for item in documents[:_EXAMPLES]:
+            if (task, item.id) in replies:
+                question = item.questions[0]
+                answers = {"question": question.text, "accepted": list(question.accepted)}
+                rows.append({"task": task, "document": item.text, **answers, "replies": replies[task, item.id]})
+    return rows

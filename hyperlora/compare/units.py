@@ -1,0 +1,159 @@
+"""The work of a comparison, cut into units: one method on a few documents of a task, answered under every control."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hyperlora.base_model import BaseModel
+from hyperlora.compare.cache import digest
+from hyperlora.compare.experiment import Experiment, MethodSpec
+from hyperlora.data.items import Item
+from hyperlora.data.mix import window
+from hyperlora.data.sources import load
+from hyperlora.memory import Memory
+from hyperlora.methods import Document, Method
+from hyperlora.prompt import document_ids
+from hyperlora.runtime import Prompt, Runtime
+from hyperlora.tasks import Task
+
+_FORMAT = 1  # raised when the meaning of a cached record changes
+_UNRELATED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Documents `items` of a task for one method and seed. `forgetting`: how many of them measure forgetting."""
+
+    task: str
+    method: str
+    seed: int
+    number: int
+    items: tuple[Item, ...]
+    forgetting: int
+
+
+def units(experiment: Experiment, items: dict[str, list[Item]]) -> Iterator[Unit]:
+    """All units, in the order in which they are done; what is in a unit does not depend on what was done before."""
+    for task, documents in items.items():
+        for label, spec in experiment.methods.items():
+            for seed in experiment.seeds if spec.type.seeded else experiment.seeds[:1]:
+                groups = _groups(documents[: spec.items], experiment.unit)
+                for number, group in enumerate(groups):
+                    rest = experiment.forgetting_documents - number * experiment.unit
+                    yield Unit(task, label, seed, number, tuple(group), max(0, min(rest, len(group))))
+
+
+def _groups(items: Sequence[Item], size: int) -> list[list[Item]]:
+    groups = [list(items[i : i + size]) for i in range(0, len(items), size)]
+    if len(groups) > 1 and len(groups[-1]) == 1:  # a document alone has no other memory beside it
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return groups
+
+
+def unit_key(unit: Unit, experiment: Experiment, method: Method, matched: Method | None, base: BaseModel) -> str:
+    """Hash of everything that determines the unit's record."""
+    spec = experiment.methods[unit.method]
+    return digest(
+        _FORMAT,
+        vars(base.fingerprint),
+        str(base.model.dtype),
+        _identity(spec, method),
+        _identity(experiment.methods[spec.match], matched) if spec.match and matched else None,
+        experiment.tasks[unit.task],
+        unit.seed if spec.type.seeded else None,
+        [unit.forgetting, experiment.unrelated],
+        [[item.id, item.text, item.following, [vars(question) for question in item.questions]] for item in unit.items],
+    )
+
+
+def _identity(spec: MethodSpec, method: Method) -> list[Any]:
+    return [spec.method, spec.settings, method.identity()]
+
+
+def run_unit(
+    unit: Unit, task: Task, experiment: Experiment, method: Method, matched: Method | None, runtime: Runtime
+) -> list[dict[str, Any]]:
+    """One record for each document: bytes, and under every condition the replies or the log-likelihoods.
+
+    Conditions: `own` memory; `swapped`, that of the next document in the unit; `beside` (patches only), the document in
+    the prompt while the patch of another one is on. `unrelated`: nats per token on text that has nothing to do with the
+    document.
+    """
+    base = runtime.base
+    documents = [Document(item.id, item.text) for item in unit.items]
+    budgets = None
+    if matched is not None:
+        budgets = [memory.resident_bytes(base) for memory in matched.compile(documents)]
+    memories = method.compile(documents, budgets)
+    count = len(documents)
+    records: list[dict[str, Any]] = [
+        {
+            "document": item.id,
+            "tokens": len(document_ids(base.tokenizer, item.text)),
+            "resident_bytes": memory.resident_bytes(base),
+            "stored_bytes": memory.stored_bytes(base),
+            "shared_bytes": 2 * memory.shared.elements if memory.shared else 0,
+            "tags": dict(item.tags),
+        }
+        for item, memory in zip(unit.items, memories, strict=True)
+    ]
+    own = list(range(count))
+    following = [(index + 1) % count for index in own]
+    _ask(records, "own", unit.items, memories, own, task, runtime)
+    _ask(records, "swapped", unit.items, memories, following, task, runtime)
+    if unit.forgetting and all(memory.patch is not None for memory in memories):
+        texts = [document_ids(base.tokenizer, item.text) for item in unit.items]
+        beside = [memories[following[index]].with_text(texts[index]) for index in own[: unit.forgetting]]
+        _ask(records, "beside", unit.items[: unit.forgetting], beside, own[: unit.forgetting], task, runtime)
+        if experiment.unrelated is not None:
+            _unrelated(records, unit, experiment.unrelated, memories, runtime)
+    return records
+
+
+def _ask(
+    records: list[dict[str, Any]],
+    condition: str,
+    items: Sequence[Item],
+    memories: Sequence[Memory],
+    owners: Sequence[int],
+    task: Task,
+    runtime: Runtime,
+) -> None:
+    """Answer the questions of item i from memory owners[i]."""
+    if task.kind == "text":
+        prompts = [runtime.continuation(owners[index], item.following) for index, item in enumerate(items)]
+        for record, scores in zip(records, runtime.log_likelihood(memories, prompts), strict=False):
+            record[condition] = {"nll": [-float(scores.mean())]}
+        return
+    prompts, gold = [], []
+    for index, item in enumerate(items):
+        for question in item.questions:
+            prompts.append(runtime.question(owners[index], question.text))
+            gold.append(runtime.question(owners[index], question.text, question.reply))
+    replies = iter(runtime.generate(memories, prompts, task.max_new_tokens))
+    likelihoods = iter(runtime.log_likelihood(memories, gold))
+    for record, item in zip(records, items, strict=False):
+        record[condition] = {
+            "replies": [next(replies) for _ in item.questions],
+            "nll": [-float(next(likelihoods).mean()) for _ in item.questions],
+        }
+
+
+def _unrelated(
+    records: list[dict[str, Any]], unit: Unit, source: str, memories: Sequence[Memory], runtime: Runtime
+) -> None:
+    """Loss on a window of unrelated text, chosen by the document's id, bare and with the document's patch on."""
+    import random
+
+    texts = load(source)
+    tokenizer = runtime.base.tokenizer
+    prompts: list[Prompt] = []
+    for index, item in enumerate(unit.items[: unit.forgetting]):
+        rng = random.Random(zlib.crc32(item.id.encode()))
+        text = window(tokenizer, rng.choice(texts).text, rng, _UNRELATED_TOKENS, 0)[0]
+        prompts.append(runtime.continuation(index, text))
+    bare = [Memory()] * len(memories)
+    for name, held in (("bare", bare), ("patched", memories)):
+        for record, scores in zip(records, runtime.log_likelihood(held, prompts), strict=False):
+            record.setdefault("unrelated", {})[name] = -float(scores.mean())

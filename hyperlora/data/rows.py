@@ -1,0 +1,43 @@
+"""What the rows of data sets become: a document, and what is asked of it."""
+
+from typing import Any
+
+from hyperlora.data.items import Item, Question
+
+FEW_WORDS = " Answer in a few words."
+
+
+def item_of(record: dict[str, Any], default_id: str) -> Item:
+    """An item from one JSONL record. Raises KeyError or TypeError when a field is missing or of a wrong type."""
+    if not isinstance(record, dict):
+        raise TypeError(f"expected a JSON object, not {type(record).__name__}")
+    text = record["context"] if "qas" in record else record["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"the document must be a string, not {type(text).__name__}")
+    return Item(str(record.get("id", default_id)), text, tuple(_question(qa) for qa in record.get("qas", ())))
+
+
+def _question(qa: dict[str, Any]) -> Question:
+    if not isinstance(qa["answers"], list) or not all(isinstance(answer, str) for answer in qa["answers"]):
+        raise TypeError("answers must be a list of strings")
+    answers = [answer for answer in qa["answers"] if answer.strip()]
+    if not answers:
+        raise ValueError(f"question {qa['question']!r} has no answer")
+    return Question(qa["question"].strip() + FEW_WORDS, min(answers, key=len), tuple(answers))
+
+
+def asked_of_context(row: dict[str, Any], name: str) -> Item | None:
+    """A Dolly row: its instruction is asked about its context, called `input` in some copies. None without context."""
+    if "context" in row:
+        return _instructed(name, row["context"], row["instruction"], row["response"])
+    return _instructed(name, row["input"], row["instruction"], row["output"])
+
+
+def asked_of_prompt(row: dict[str, Any], name: str) -> Item | None:
+    """An Alpaca row: its instruction is the document, its input the question. None without an input."""
+    return _instructed(name, row["instruction"], row["input"], row["output"])
+
+
+def _instructed(name: str, *parts: str) -> Item | None:
+    document, question, reply = (part.strip() for part in parts)
+    return Item(name, document, (Question(question, reply, (reply,)),)) if document and question and reply else None

@@ -1,0 +1,157 @@
+"""Sequences with inserted tokens and restricted sight, as data, and two ways to run them.
+
+A layout says of every token its id, its absolute position, whom it sees, what it predicts, whether the shared adapter
+acts there and whether its K/V survive the sequence. `run_masked` computes it in one forward pass, for training and
+perplexity. `run_incremental` computes it piece by piece and frees K/V as soon as no later token sees them, as when
+decoding. Both give the same logits. Gist tokens, compressed context memory, sentinel tokens, local and scattered
+attention are all layouts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hyperlora.session import Session
+
+FOREVER = 2**40
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One sequence of `n` tokens.
+
+    Attributes:
+        ids: (n,); ids from the vocabulary's end on are new tokens of the shared state.
+        positions: (n,) absolute positions; they may repeat (sentinels) but not fall.
+        visible: (n, n) bool, row sees column; ANDed with the causal order. A token always sees itself.
+        predicts: (n,) place of the token that this token's output is scored on, -1 for none.
+        gate: (n,) scale of the shared adapter.
+        kept: (n,) bool, whose K/V survive the sequence.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    predicts: Tensor
+    gate: Tensor
+    kept: Tensor
+
+    @staticmethod
+    def plain(ids: Sequence[int], scored_from: int = 1) -> "Layout":
+        """Ordinary causal text in which the tokens from place `scored_from` on are predicted."""
+        n = len(ids)
+        following = torch.arange(1, n + 1)
+        return Layout(
+            ids=torch.tensor(ids, dtype=torch.long),
+            positions=torch.arange(n),
+            visible=torch.ones(n, n, dtype=torch.bool),
+            predicts=torch.where((following >= scored_from) & (following < n), following, -1),
+            gate=torch.ones(n),
+            kept=torch.ones(n, dtype=torch.bool),
+        )
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("positions", "predicts", "gate", "kept")}
+        if any(shape != (n,) for shape in shapes.values()) or self.visible.shape != (n, n):
+            raise ValueError(f"a layout of {n} tokens has {shapes} and sight {tuple(self.visible.shape)}")
+        if bool((self.positions.diff() < 0).any()):
+            raise ValueError("positions of a layout may not fall")
+        wrong = (self.predicts >= 0) & (self.predicts <= torch.arange(n))
+        if bool(wrong.any()) or int(self.predicts.max()) >= n:
+            raise ValueError("a token of a layout predicts one that does not come after it")
+
+    @property
+    def targets(self) -> Tensor:
+        """Ids (scored tokens,) that the predicting tokens are scored on, in their order."""
+        return self.ids[self.predicts[self.predicts >= 0]]
+
+    @property
+    def sight(self) -> Tensor:
+        """(n, n) bool: `visible` within the causal order, every token seeing itself."""
+        n = len(self.ids)
+        return (self.visible | torch.eye(n, dtype=torch.bool)).tril()
+
+    @property
+    def freed_after(self) -> Tensor:
+        """(n,) place of the last token that sees each token; FOREVER for those that are kept."""
+        last = (self.sight * torch.arange(len(self.ids))[:, None]).amax(0)
+        return torch.where(self.kept, FOREVER, last)
+
+
+def run_masked(session: Session, layouts: Sequence[Layout], side: Literal["left", "right"] = "right") -> list[Tensor]:
+    """Logits (scored tokens, vocabulary) of every layout, in one forward pass of a fresh session."""
+    device, width = session.base.device, max(len(layout.ids) for layout in layouts)
+
+    def padded(name: str, fill: float | bool) -> Tensor:
+        rows = []
+        for layout in layouts:
+            value = getattr(layout, name)
+            before = width - len(value) if side == "left" else 0
+            row = value.new_full((width,), fill)
+            row[before : before + len(value)] = value
+            rows.append(row)
+        return torch.stack(rows).to(device)
+
+    places = torch.full((len(layouts), width), -1, dtype=torch.long)
+    visible = torch.zeros(len(layouts), width, width, dtype=torch.bool)
+    for row, layout in enumerate(layouts):
+        n = len(layout.ids)
+        start = width - n if side == "left" else 0
+        places[row, start : start + n] = torch.arange(n)
+        visible[row, start : start + n, start : start + n] = layout.sight
+    wanted = padded("predicts", -1) >= 0
+    logits = session.feed(
+        padded("ids", 0),
+        places.to(device),
+        padded("positions", 0),
+        wanted,
+        visible=visible.to(device),
+        gate=padded("gate", 0.0),
+    )
+    return list(logits.split(wanted.sum(1).tolist()))
+
+
+def run_incremental(session: Session, layouts: Sequence[Layout]) -> list[Tensor]:
+    """The same logits, computed piece by piece: a piece ends where the K/V of some token are freed."""
+    device = session.base.device
+    freed = [layout.freed_after for layout in layouts]
+    longest = max(len(layout.ids) for layout in layouts)
+    ends = sorted({int(place) + 1 for last in freed for place in last if int(place) + 1 < longest} | {longest})
+    parts: list[list[Tensor]] = [[] for _ in layouts]
+    start = 0
+    for end in ends:
+        pieces = [range(start, min(end, len(layout.ids))) for layout in layouts]
+        width = max(map(len, pieces))
+        shape = (len(layouts), width)
+        ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        places, gate = torch.full(shape, -1, dtype=torch.long), torch.zeros(shape)
+        wanted = torch.zeros(shape, dtype=torch.bool)
+        visible = torch.zeros(*shape, session.kv_rows + width, dtype=torch.bool)
+        held = session.places.cpu()
+        for row, (layout, piece) in enumerate(zip(layouts, pieces, strict=True)):
+            here, count = torch.tensor(piece, dtype=torch.long), len(piece)
+            ids[row, :count], positions[row, :count] = layout.ids[here], layout.positions[here]
+            places[row, :count], gate[row, :count] = here, layout.gate[here]
+            wanted[row, :count] = layout.predicts[here] >= 0
+            sight = layout.sight[here]
+            visible[row, :count, : held.shape[1]] = sight[:, held[row].clamp(min=0)]
+            visible[row, :count, held.shape[1] : held.shape[1] + count] = sight[:, here]
+        logits = session.feed(
+            ids.to(device),
+            places.to(device),
+            positions.to(device),
+            wanted.to(device),
+            visible=visible.to(device),
+            gate=gate.to(device),
+        )
+        for part, piece_logits in zip(parts, logits.split(wanted.sum(1).tolist()), strict=True):
+            part.append(piece_logits)
+        held = session.places.cpu()
+        kept = torch.stack([last[row.clamp(min=0)] >= end for last, row in zip(freed, held, strict=True)])
+        session.keep(kept.to(device))
+        start = end
+    return [torch.cat(part) for part in parts]

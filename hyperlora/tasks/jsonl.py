@@ -1,0 +1,89 @@
+"""Documents and questions of one's own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+
+from hyperlora.base_model import BaseModel as Base
+from hyperlora.data.items import Item, Question
+from hyperlora.errors import InputError
+from hyperlora.reading import read_lines
+from hyperlora.tasks.contract import Task, explain
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Id = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, int) else given)]
+
+
+class _Asked(BaseModel):
+    question: Text
+    answers: list[Text] = Field(min_length=1)
+
+
+class _Document(BaseModel):
+    id: Id | None = None
+    context: Text
+
+
+class _One(_Document, _Asked):
+    pass
+
+
+class _Many(_Document):
+    questions: list[_Asked] = Field(min_length=1)
+
+
+class Jsonl(Task):
+    """A `.jsonl` or `.jsonl.gz` file of documents with questions, asked as they are written.
+
+    A line is `{"context", "questions": [{"question", "answers": [..]}]}` or `{"context", "question", "answers": [..]}`.
+    With `"id"` it has an id, else its line number. Every answer counts as right.
+    """
+
+    name: ClassVar[str] = "jsonl"
+
+    path: Path
+
+    def load(self, base: Base) -> list[Item]:
+        return self.chosen(self._read(), f"{self.path} is empty; write one JSON object to a line")
+
+    def _read(self) -> Iterator[Item]:
+        lines: dict[str, int] = {}
+        for number, line in enumerate(read_lines(self.path), 1):
+            if not line.strip():
+                continue
+            where = f"{self.path}, line {number}"
+            item = _item(line, number, where)
+            if item.id in lines:
+                raise InputError(f"{where}: the id {item.id!r} is that of line {lines[item.id]}; give it another")
+            lines[item.id] = number
+            yield item
+
+
+def _item(line: str, number: int, where: str) -> Item:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, not {type(record).__name__}")
+    try:
+        if "questions" in record:
+            document: _Many | _One = _Many.model_validate(record)
+            asked = document.questions
+        else:
+            document = _One.model_validate(record)
+            asked = [document]
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, ())}") from error
+    questions = tuple(Question(one.question, min(one.answers, key=len), tuple(one.answers)) for one in asked)
+    return Item(str(number) if document.id is None else document.id, document.context, questions)

@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hyperlora.adapter_training import Adapter, held_out, train_adapter, validation_loss
+from hyperlora.base_model import BaseModel
+from hyperlora.checkpoint import Checkpoint
+from hyperlora.data.items import Item
+from hyperlora.errors import InputError
+from hyperlora.memory import Memory
+from hyperlora.methods import METHODS, Document
+from hyperlora.recipe import Recipe
+from hyperlora.runtime import Runtime
+
+WORDS = ("red", "blue", "green", "grey")
+
+
+@pytest.fixture
+def asking(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """A recipe whose questions are about documents in a file, some of them held out."""
+    rows = [
+        {
+            "id": f"d{number}",
+            "context": f"The door of house {number} is {WORDS[number % 4]}.",
+            "qas": [{"id": "q", "question": "Which colour is the door?", "answers": [WORDS[number % 4]]}],
+        }
+        for number in range(80)
+    ]
+    path = tmp_path / "doors.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = recipe.model_dump() | {
+        "mix": [{"task": "qa", "sources": [str(path)], "max_tokens": 400}],
+        "steps": 12,
+        "documents": 4,
+        "save_every": 4,
+        "warmup": 2,
+        "unrelated": None,
+    }
+    return Recipe.model_validate(content)
+
+
+def adapters(folder: Path) -> bytes:
+    return (folder / "adapter" / "shared.safetensors").read_bytes()
+
+
+def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_path: Path) -> None:
+    untrained = validation_loss(asking, base, Adapter(base, asking))
+    losses = train_adapter(asking, base, [1e-6, 1e-2], tmp_path / "run")
+    assert losses["0.01"] < 0.9 * untrained < losses["1e-06"]
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == losses
+    kind = METHODS["adapted_full"]
+    method = kind(base, kind.Settings(path=str(tmp_path / "run" / "adapter")))
+    runtime = Runtime(base)
+    ask = [runtime.question(0, "Which colour is the door?", "grey")]
+    document = Document("x", "The door of house 3 is grey.")
+    adapted = runtime.log_likelihood(method.compile([document]), ask)[0].mean()
+    full = runtime.log_likelihood(METHODS["full"](base, None).compile([document]), ask)[0].mean()
+    assert adapted > full + 0.1
+    assert runtime.log_likelihood([Memory()], ask)[0].mean() < adapted
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(
+    asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "whole")
+    save, left = Checkpoint.save, [2]
+
+    def dying(self: Checkpoint, run: Path) -> None:
+        save(self, run)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", dying)
+    for saves in (1, 1, 3):
+        left[0] = saves
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts")
+    monkeypatch.setattr(Checkpoint, "save", save)
+    train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts")
+    assert adapters(tmp_path / "parts") == adapters(tmp_path / "whole")
+
+
+def test_held_out_documents_are_never_trained_on(
+    asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hyperlora.adapter_training as module
+
+    seen: list[Item] = []
+    rows = module._rows
+    monkeypatch.setattr(module, "_rows", lambda b, items: seen.extend(items) or rows(b, items))
+    monkeypatch.setattr(module, "validation_loss", lambda *_: 0.0)
+    train_adapter(asking, base, [1e-3], tmp_path / "run")
+    assert len(seen) > 30 and not any(held_out(item) for item in seen)
+    assert any(held_out(Item(f"d{number}", "")) for number in range(80))
+
+
+def test_bad_runs_are_refused(asking: Recipe, recipe: Recipe, base: BaseModel, tmp_path: Path) -> None:
+    train_adapter(asking, base, [1e-3], tmp_path / "run")
+    before = adapters(tmp_path / "run")
+    with pytest.raises(InputError, match="another recipe"):
+        train_adapter(asking.model_copy(update={"documents": 3}), base, [1e-3], tmp_path / "run")
+    assert adapters(tmp_path / "run") == before
+    facts = recipe.model_copy(update={"mix": recipe.mix[:1], "steps": 1})
+    with pytest.raises(InputError, match="add a qa task"):
+        train_adapter(facts, base, [1e-3], tmp_path / "other")

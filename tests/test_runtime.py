@@ -1,0 +1,159 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hyperlora.base_model import BaseModel
+from hyperlora.errors import BaseMismatch, InputError
+from hyperlora.evaluation.answers import greedy
+from hyperlora.inject import patched
+from hyperlora.memory import KV, Memory
+from hyperlora.prompt import document_ids
+from hyperlora.runtime import Prompt, Runtime
+from hyperlora.session import Session
+from hyperlora.shared_state import SharedState
+
+from .conftest import make_base, make_generator
+from .test_layout import shared_state
+
+QUESTIONS = ("What is the parrot called?", "When does the ferry leave for Oskmere?", "Who?")
+
+
+def stored(base: BaseModel, text: str) -> KV:
+    """Keys and values of the prompt up to the end of the document."""
+    runtime = Runtime(base)
+    ids = runtime._prefix + document_ids(base.tokenizer, text)
+    with torch.no_grad(), Session(base, 1) as session:
+        line = torch.arange(len(ids))[None]
+        session.feed(torch.tensor([ids]), line, line, torch.zeros(line.shape, dtype=torch.bool))
+        return session.take(0)
+
+
+def text_memory(base: BaseModel, text: str) -> Memory:
+    return Memory(text=tuple(document_ids(base.tokenizer, text)))
+
+
+def kv_memory(base: BaseModel, text: str) -> Memory:
+    return Memory(kv=stored(base, text))
+
+
+def soft_memory(base: BaseModel, text: str) -> Memory:
+    with torch.no_grad():
+        return Memory(soft=base.model.get_input_embeddings()(torch.tensor(document_ids(base.tokenizer, text))))
+
+
+@pytest.mark.parametrize("kind", [text_memory, kv_memory, soft_memory])
+def test_a_document_in_any_form_answers_like_the_prompt(
+    any_base: BaseModel, documents: list[str], kind: Callable[[BaseModel, str], Memory]
+) -> None:
+    """Text, its own keys and values, and its own embeddings are the same context: equal to transformers' generate and
+    to an unbatched forward pass, ragged documents and questions, several questions of one document."""
+    memories = [kind(any_base, text[:90]) for text in documents[:2]]
+    asks = [(0, QUESTIONS[0]), (1, QUESTIONS[1]), (0, QUESTIONS[2])]
+    tokenizer, prompt = any_base.tokenizer, any_base.prompt
+    whole = [prompt.prompt_ids(tokenizer, question, documents[number][:90]) for number, question in asks]
+    runtime = Runtime(any_base, batch_tokens=2000, chunk_tokens=16)
+    replies = runtime.generate(memories, [runtime.question(*ask) for ask in asks], 8)
+    assert replies == [greedy(any_base, [ids], 8)[0] for ids in whole]
+    scored = runtime.log_likelihood(memories, [runtime.question(*ask, "eleven songs, on Tuesdays") for ask in asks])
+    reply = prompt.answer_ids(tokenizer, "eleven songs, on Tuesdays")
+    for ids, got in zip(whole, scored, strict=True):
+        with torch.no_grad():
+            logits = any_base.model(torch.tensor([ids + reply])).logits[0, len(ids) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_answer_each_for_its_own_document(base: BaseModel, documents: list[str]) -> None:
+    patches = make_generator(base).generate(documents[:2])
+    memories = [Memory(patch=patch) for patch in patches] + [Memory()]
+    runtime = Runtime(base)
+    asks = [(2, QUESTIONS[0]), (0, QUESTIONS[0]), (1, QUESTIONS[0]), (0, QUESTIONS[1])]
+    replies = runtime.generate(memories, [runtime.question(*ask) for ask in asks], 8)
+    for (number, question), reply in zip(asks, replies, strict=True):
+        ids = [base.prompt.prompt_ids(base.tokenizer, question)]
+        if number == 2:
+            assert reply == greedy(base, ids, 8)[0]
+            continue
+        with patched(base.model, patches[number]):
+            assert reply == greedy(base, ids, 8)[0]
+    assert len(set(replies[:3])) == 3
+
+
+def test_a_patch_and_a_document_work_together(base: BaseModel, documents: list[str]) -> None:
+    patch = make_generator(base).generate(documents[0])
+    memory = Memory(patch=patch).with_text(document_ids(base.tokenizer, documents[1]))
+    with patched(base.model, patch):
+        expected = greedy(base, [base.prompt.prompt_ids(base.tokenizer, QUESTIONS[0], documents[1])], 8)
+    runtime = Runtime(base)
+    assert runtime.generate([memory], [runtime.question(0, QUESTIONS[0])], 8) == expected
+
+
+def test_a_gated_adapter_is_silent_on_ordinary_tokens(base: BaseModel) -> None:
+    shared = shared_state(base)
+    runtime = Runtime(base)
+    ask = [runtime.question(0, QUESTIONS[0], "eleven")]
+    bare = runtime.log_likelihood([Memory()], ask)[0]
+    torch.testing.assert_close(runtime.log_likelihood([Memory(shared=shared)], ask)[0], bare)
+    open_state = SharedState("open", adapter=shared.adapter)
+    assert not torch.allclose(runtime.log_likelihood([Memory(shared=open_state)], ask)[0], bare, atol=1e-2)
+    with pytest.raises(InputError, match="share"):
+        runtime.log_likelihood([Memory(), Memory(shared=shared)], [*ask, runtime.question(1, QUESTIONS[0], "x")])
+
+
+def test_evicted_rows_keep_the_positions_of_the_others(any_base: BaseModel, documents: list[str]) -> None:
+    """A KV memory without its middle answers like a forward pass that masks the middle."""
+    base, runtime = any_base, Runtime(any_base)
+    ids = runtime._prefix + document_ids(base.tokenizer, documents[0][:60])
+    held = torch.ones(1, len(ids), dtype=torch.bool)
+    held[0, 5:12] = False
+    line = torch.arange(len(ids))[None]
+    with torch.no_grad(), Session(base, 1) as session:
+        session.feed(torch.tensor([ids]), line, line, torch.zeros(line.shape, dtype=torch.bool))
+        session.keep(held)
+        kv = session.take(0)
+    assert kv.next_position == kv.next_place == len(ids) and kv.positions.numel() == len(ids) - 7
+    whole = stored(base, documents[0][:60])
+    assert kv.elements == whole.elements * (len(ids) - 7) // len(ids)
+    got = runtime.log_likelihood([Memory(kv=kv)], [runtime.question(0, QUESTIONS[0], "eleven songs")])[0]
+    reply = base.prompt.answer_ids(base.tokenizer, "eleven songs")
+    rest = runtime._gap + base.prompt.question_ids(base.tokenizer, QUESTIONS[0]) + reply[:-1]
+    total = len(ids) + len(rest)
+    seen = torch.ones(1, total, total, dtype=torch.bool).tril()
+    seen[0, len(ids) :, 5:12] = False
+    wanted = torch.zeros(1, total, dtype=torch.bool)
+    wanted[0, -len(reply) :] = True
+    line = torch.arange(total)[None]
+    with torch.no_grad(), Session(base, 1) as session:
+        logits = session.feed(torch.tensor([ids + rest]), line, line, wanted, visible=seen)
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_are_counted_at_one_precision(base: BaseModel, documents: list[str]) -> None:
+    config = base.model.config
+    per_token = 2 * 4 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 2
+    text = text_memory(base, documents[0])
+    tokens = len(text.text)
+    assert text.resident_bytes(base) == tokens * per_token
+    assert text.stored_bytes(base) == len(documents[0].encode())
+    soft = soft_memory(base, documents[0])
+    assert soft.resident_bytes(base) == tokens * per_token and soft.stored_bytes(base) == tokens * 32 * 2
+    kv = kv_memory(base, documents[0])
+    assert kv.resident_bytes(base) == (tokens + len(Runtime(base)._prefix)) * per_token
+    patch = Memory(patch=make_generator(base).generate(documents[0]))
+    assert patch.resident_bytes(base) == patch.stored_bytes(base) == 2 * 2 * 6 * (48 + 32)
+
+
+def test_bad_memories_are_refused(documents: list[str]) -> None:
+    base, other = make_base(), make_base(seed=5)
+    runtime = Runtime(other)
+    foreign = Memory(patch=make_generator(base).generate(documents[0]))
+    with pytest.raises(BaseMismatch):
+        runtime.generate([foreign], [runtime.question(0, "Who?")], 4)
+    endless = Memory(text=(5,) * 3000)
+    with pytest.raises(InputError, match="window of 2048"):
+        runtime.generate([endless], [runtime.question(0, "Who?")], 4)
+    with pytest.raises(InputError, match="cannot share"):
+        runtime.generate([kv_memory(other, "A ferry."), Memory()], [runtime.question(0, "?"), runtime.question(1, "?")])
+    assert runtime.log_likelihood([Memory()], [Prompt(0, [7, 8], [9])])[0].shape == (1,)
