@@ -1,7 +1,8 @@
 """Train one LoRA for all documents, with the document in the prompt: the adapted full context.
 
 It sees the questions that a generator's recipe draws, in the same order and for as many updates, so that what a
-generator gains beyond it is not the form of the answers. Its learning rate is the best of several on documents held out.
+generator gains beyond it is not the form of the answers. The learning rate is the best of several on held-out
+documents.
 """
 
 import json

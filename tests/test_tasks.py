@@ -16,6 +16,8 @@ from hyperlora.errors import InputError
 from hyperlora.evaluation.items import qa_items
 from hyperlora.tasks import TASKS, Task, read_task
 
+from .conftest import make_base
+
 Specs = dict[str, dict[str, Any]]
 WORDS = ["the", "ferry", "keeper", "and", "parrot", "sells", "rye", "bread", "harbour", "late", "when", "trees", "lake"]
 NEEDLE = re.compile(r"(It is known that|In the case of|The register gives) ")
@@ -33,6 +35,11 @@ def write_lines(path: Path, rows: list[Any]) -> str:
     with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return make_base()
 
 
 @pytest.fixture
@@ -229,13 +236,16 @@ GOOD = '{"context": "Maro sells bread.", "question": "What?", "answers": ["bread
         ),
         ('{"context": "x", "question": "?", "answers": []}', "line 2: answers: List should have at least 1 item"),
         ('{"context": " ", "question": "?", "answers": ["x"]}', "line 2: context: must not be empty (got ' ')"),
-        ('{"context": "\\ud800", "question": "?", "answers": ["x"]}', "line 2: context: "),
+        (
+            '{"context": "\\ud800", "question": "?", "answers": ["x"]}',
+            "line 2: context: must not hold half a surrogate pair",
+        ),
         (
             '{"id": ["a"], "context": "x", "question": "?", "answers": ["x"]}',
             "line 2: id: Input should be a valid string",
         ),
         ('{"id": "1", "context": "x", "question": "?", "answers": ["x"]}', "line 2: the id '1' is that of line 1"),
-        ('{"context": ', "line 2: not JSON (Expecting value, column 13)"),
+        ('{"context": ', "line 2: not JSON (Expecting value, column 12)"),
         ("[]", "line 2: expected a JSON object, not list"),
     ],
 )

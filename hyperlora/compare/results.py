@@ -3,7 +3,8 @@
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.units import Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
-from hyperlora.evaluation.metrics import TEXT_METRICS
+from hyperlora.evaluation.metrics import LOWER_IS_BETTER, TEXT_METRICS
 from hyperlora.tasks import Task
 
-LOWER_IS_BETTER = ("nll",)
 _EXAMPLES = 5
 Record = dict[str, Any]
 # Values per document, averaged over questions and seeds: [task][method][condition][metric][document id].
@@ -230,7 +230,7 @@ def _forgetting(values: Values, records: Sequence[tuple[Unit, Record]]) -> list[
 def _by_tag(values: Values, items: dict[str, list[Item]]) -> list[Record]:
     rows = []
     for task, methods in values.items():
-        tags = {item.id: item.tags for item in items[task] if item.tags}
+        tags = {item.id: _with_pairs(item.tags) for item in items[task] if item.tags}
         names = sorted({name for found in tags.values() for name in found})
         for method, conditions in methods.items():
             for metric, found in conditions["own"].items():
@@ -242,6 +242,12 @@ def _by_tag(values: Values, items: dict[str, list[Item]]) -> list[Record]:
                     row = {"task": task, "method": method, "metric": metric, "tag": name}
                     rows += [{**row, "value": value, **_interval(group)} for value, group in sorted(groups.items())]
     return rows
+
+
+def _with_pairs(tags: Mapping[str, float | str]) -> dict[str, float | str]:
+    """The tags, and every two of them as one, for heat maps: `depth×length` -> `0.5×1024`."""
+    pairs = combinations(sorted(tags), 2)
+    return {**tags, **{f"{one}×{other}": f"{tags[one]}×{tags[other]}" for one, other in pairs}}
 
 
 def _examples(items: dict[str, list[Item]], finished: Sequence[tuple[Unit, list[Record]]]) -> list[Record]:

@@ -104,7 +104,7 @@ class Comparison:
         finished = [(unit, self.cache[key]) for unit, key in pairs]
         costs = {label: self._costs(label) for label in self.experiment.methods}
         results = collect(self.experiment, self.tasks, self.items, finished, costs, self.base, command)
-        write_text(self.folder / _RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+        write_text(self.folder / _RESULTS, json.dumps(results, indent=1) + "\n")
         return [self.folder / _RESULTS, *write_report(results, self.folder)]
 
     def _costs(self, label: str) -> dict[str, Any]:

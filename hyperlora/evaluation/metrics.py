@@ -62,3 +62,4 @@ def _rouge_l(prediction: list[str], answer: list[str]) -> float:
 
 METRICS = {"f1": f1, "exact_match": exact_match, "contains": contains}
 TEXT_METRICS = {**METRICS, "rouge_l": rouge_l}  # and what suits longer texts than answers
+LOWER_IS_BETTER = ("nll",)

@@ -16,7 +16,8 @@ __all__ = ["write_report"]
 def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write the report of a results dictionary and return its files; the same results give the same bytes.
 
-    Nothing that stood in `folder` is replaced before all of the report has been written beside it.
+    Nothing in `folder` is replaced before all of the report has been written beside it. Plots of an earlier report that
+    this one does not have stay where they are.
 
     Raises:
         InputError: matplotlib is not installed, or the disk cannot be written.

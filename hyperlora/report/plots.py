@@ -92,17 +92,20 @@ def _drawings(results: dict[str, Any]) -> Iterator[Drawing]:
 
 def _quality(task: str, cost: _Cost, results: dict[str, Any]) -> Iterator[Drawing]:
     """Own scores against a cost, a panel per metric."""
-    prices = {method: finite(cost.value(about)) for method, about in results["methods"].items()}
+    known = {method: finite(cost.value(about)) for method, about in results["methods"].items()}
+    prices = {method: price for method, price in known.items() if price is not None}
     rows = [
         row
         for row in results["scores"]
-        if row["task"] == task and row["condition"] == "own" and finite(row["mean"]) is not None
-        if prices.get(row["method"]) is not None
+        if row["task"] == task and row["condition"] == "own"
+        if finite(row["mean"]) is not None and row["method"] in prices
     ]
-    if not rows:
+    costly = [prices[row["method"]] for row in rows if prices[row["method"]] > 0]
+    if not costly:
         return
     metrics = ordered((row["metric"] for row in rows), results["tasks"][task]["metrics"])
-    style, handles = looks(results), {}
+    style = looks(results)
+    handles: dict[str, Any] = {}
     figure, axes = panels(len(metrics), 3.6, 3.0, columns=2)
     for panel, metric in zip(axes, metrics, strict=True):
         found = [row for row in rows if row["metric"] == metric]
@@ -123,8 +126,7 @@ def _quality(task: str, cost: _Cost, results: dict[str, Any]) -> Iterator[Drawin
                 [place], [row["mean"]], [[below], [above]], color=colour, marker=marker, ms=5, ls="", elinewidth=1
             )
             handles[row["method"]] = drawn
-        if paid:
-            log_axis(panel, x, cost.show)
+        log_axis(panel, costly, cost.show)
         panel.set(xlabel=cost.label, ylabel=short(metric_label(metric)))
         if is_share(metric):
             share_axis(panel, max(row["mean"] + bars(row)[1] for row in found))
@@ -136,9 +138,11 @@ def _quality(task: str, cost: _Cost, results: dict[str, Any]) -> Iterator[Drawin
 
 
 def _curves(task: str, metric: str, x: str, rows: Sequence[Row], results: dict[str, Any]) -> Iterator[Drawing]:
-    style, handles = looks(results), {}
+    style = looks(results)
+    handles: dict[str, Any] = {}
     figure, (panel,) = panels(1, 4.6, 3.2, columns=1)
-    highest, places = 0.0, []
+    highest = 0.0
+    places: list[float] = []
     for row in rows:
         points = [p for p in row["points"] if finite(p[0]) is not None and finite(p[1]) is not None]
         if not points:

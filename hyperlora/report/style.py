@@ -57,7 +57,7 @@ def panels(count: int, width: float, height: float, columns: int, share: bool = 
 
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns + 1.8, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
     for spare in axes[count:]:
         spare.remove()
@@ -65,15 +65,17 @@ def panels(count: int, width: float, height: float, columns: int, share: bool = 
 
 
 def legend(figure: Any, handles: Mapping[str, Any]) -> None:
-    """A legend of names beside the panels."""
+    """A legend of names beside the panels, in room that is added for it."""
     # A zero-width space in front, because matplotlib leaves out names that begin with an underscore.
     names = [f"\u200b{short(name)}" if name.startswith("_") else short(name) for name in handles]
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + 0.6 + 0.075 * max(map(len, names)), max(height, 0.3 + 0.19 * len(names)))
     figure.legend(list(handles.values()), names, loc="outside right upper", handlelength=1.8)
 
 
-def short(name: str) -> str:
+def short(name: str, limit: int = 40) -> str:
     """A name that fits in a plot."""
-    return one_line(name, 40)
+    return one_line(name, limit)
 
 
 def bars(row: Mapping[str, Any]) -> tuple[float, float]:

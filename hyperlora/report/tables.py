@@ -9,7 +9,7 @@ from hyperlora.report.sections import report_blocks
 from hyperlora.report.units import one_line
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-# An underscore between letters or digits is no markup, nor are the brackets of an interval; both are too common to spoil.
+# An underscore between letters or digits is no markup, nor are the brackets of an interval; both are too common to mar.
 _SPECIAL = re.compile(r"([\\`*{}\[\]|~$#]|(?<![^\W_])_|_(?![^\W_]))")
 _INTERVAL = re.compile(r"\\\[([-+.,e\d ]+)\\\](?!\()")
 

@@ -28,7 +28,9 @@ def tag_drawings(results: dict[str, Any]) -> Iterator[Drawing]:
                     yield _heat_map(task, pair, metric, found, results)
         for tag in tags:
             if tag not in pairs and tag not in mapped:
-                yield _lines(task, tag, metrics, [row for row in rows if row["tag"] == tag], results)
+                found = [row for row in rows if row["tag"] == tag]
+                shown = [metric for metric in metrics if any(row["metric"] == metric for row in found)]
+                yield _lines(task, tag, shown, found, results)
 
 
 def _heat_map(task: str, pair: str, metric: str, rows: Sequence[Row], results: dict[str, Any]) -> Drawing:
@@ -37,13 +39,13 @@ def _heat_map(task: str, pair: str, metric: str, rows: Sequence[Row], results: d
     cells = {(row["method"], *row["value"].split(BOTH)): row["mean"] for row in rows}
     ys, xs = (_sorted({key[place] for key in cells}) for place in (1, 2))
     low, high = (0.0, 1.0) if is_share(metric) else (min(cells.values()), max(cells.values()))
-    figure, axes = panels(len(methods), 0.9 + 0.48 * len(xs), 0.9 + 0.36 * len(ys), columns=3, share=True)
+    figure, axes = panels(len(methods), 1.1 + 0.5 * len(xs), 0.9 + 0.36 * len(ys), columns=3, share=True)
     for panel, method in zip(axes, methods, strict=True):
         values = [[cells.get((method, y, x), float("nan")) for x in xs] for y in ys]
         mesh = panel.pcolormesh(values, cmap="cividis", vmin=low, vmax=high, edgecolors="white", linewidth=1)
         panel.set(title=short(method))
-        panel.set_xticks([i + 0.5 for i in range(len(xs))], xs, rotation=45 if len(xs) > 6 else 0)
-        panel.set_yticks([i + 0.5 for i in range(len(ys))], ys)
+        _ticks(panel, [i + 0.5 for i in range(len(xs))], xs)
+        panel.set_yticks([i + 0.5 for i in range(len(ys))], [short(y, 20) for y in ys])
         panel.grid(False)
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0, labelbottom=True, labelleft=True)
@@ -58,13 +60,14 @@ def _heat_map(task: str, pair: str, metric: str, rows: Sequence[Row], results: d
     figure.supxlabel(short(_NAMES.get(across, across)), fontsize=9)
     figure.supylabel(short(_NAMES.get(down, down)), fontsize=9)
     figure.colorbar(mesh, ax=axes, label=short(metric_label(metric)), shrink=0.9)
-    return Drawing(f"{pair}-{metric}", task, f"{task}: {metric_label(metric)} by {down} and {across}", figure)
+    return Drawing(f"by-{pair}-{metric}", task, f"{task}: {metric_label(metric)} by {down} and {across}", figure)
 
 
 def _lines(task: str, tag: str, metrics: Sequence[str], rows: Sequence[Row], results: dict[str, Any]) -> Drawing:
     methods = ordered((row["method"] for row in rows), results["methods"])
     values = _sorted({tag_value(row["value"]) for row in rows})
-    style, handles = looks(results), {}
+    style = looks(results)
+    handles: dict[str, Any] = {}
     figure, axes = panels(len(metrics), 3.6, 3.0, columns=2)
     for panel, metric in zip(axes, metrics, strict=True):
         highest = 0.0
@@ -82,13 +85,20 @@ def _lines(task: str, tag: str, metrics: Sequence[str], rows: Sequence[Row], res
             drawn = panel.errorbar(x, means, (below, above), color=colour, marker=marker, ms=4.5, lw=1, elinewidth=0.8)
             handles[method] = drawn
             highest = max(highest, *(mean + rise for mean, rise in zip(means, above, strict=True)))
-        panel.set_xticks(range(len(values)), values, rotation=45 if len(values) > 7 else 0)
+        _ticks(panel, range(len(values)), values)
         panel.set(xlabel=short(_NAMES.get(tag, tag)), ylabel=short(metric_label(metric)))
         panel.grid(False, axis="x")
         if is_share(metric):
             share_axis(panel, highest)
     legend(figure, handles)
-    return Drawing(tag, task, f"{task}: quality by {tag}, means with 95 % intervals", figure)
+    return Drawing(f"by-{tag}", task, f"{task}: quality by {tag}, means with 95 % intervals", figure)
+
+
+def _ticks(panel: Any, places: Sequence[float], values: Sequence[str]) -> None:
+    """Values under an x axis, slanted where they would run into each other."""
+    labels = [short(value, 20) for value in values]
+    slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if sum(map(len, labels)) > 30 else {}
+    panel.set_xticks(places, labels, **slant)
 
 
 def _sorted(values: set[str]) -> list[str]:

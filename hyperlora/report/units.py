@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hyperlora.evaluation.metrics import LOWER_IS_BETTER
+
 MISSING = "–"
-# Unit and direction of the metrics; one that is not here is shown without a unit, and more of it is better.
+# One that is not here is shown without a unit.
 _UNITS = {"f1": "0–1", "exact_match": "0–1", "contains": "0–1", "nll": "nats per token"}
-_LOWER_IS_BETTER = ("nll",)
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def finite(value: Any) -> float | None:
@@ -77,7 +78,7 @@ def tag_value(value: Any) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric in _LOWER_IS_BETTER
+    return metric in LOWER_IS_BETTER
 
 
 def is_share(metric: str) -> bool:

@@ -1,6 +1,7 @@
 """Documents and questions of one's own."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -14,14 +15,16 @@ from hyperlora.reading import read_lines
 from hyperlora.tasks.contract import Task, explain
 
 
-def _not_blank(text: str) -> str:
+def _checked(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("must not hold half a surrogate pair")
     return text
 
 
-Text = Annotated[str, AfterValidator(_not_blank)]
-Id = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, int) else given)]
+Text = Annotated[str, AfterValidator(_checked)]
+Id = Annotated[Text, BeforeValidator(lambda given: str(given) if isinstance(given, int) else given)]
 
 
 class _Asked(BaseModel):
@@ -62,7 +65,7 @@ class Jsonl(Task):
             if not line.strip():
                 continue
             where = f"{self.path}, line {number}"
-            item = _item(line, number, where)
+            item = _item(line.rstrip(), number, where)
             if item.id in lines:
                 raise InputError(f"{where}: the id {item.id!r} is that of line {lines[item.id]}; give it another")
             lines[item.id] = number
@@ -78,12 +81,13 @@ def _item(line: str, number: int, where: str) -> Item:
         raise InputError(f"{where}: expected a JSON object, not {type(record).__name__}")
     try:
         if "questions" in record:
-            document: _Many | _One = _Many.model_validate(record)
-            asked = document.questions
+            many = _Many.model_validate(record)
+            document: _Document = many
+            asked = many.questions
         else:
-            document = _One.model_validate(record)
-            asked = [document]
+            document = one = _One.model_validate(record)
+            asked = [one]
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, ())}") from error
-    questions = tuple(Question(one.question, min(one.answers, key=len), tuple(one.answers)) for one in asked)
+    questions = tuple(Question(each.question, min(each.answers, key=len), tuple(each.answers)) for each in asked)
     return Item(str(number) if document.id is None else document.id, document.context, questions)

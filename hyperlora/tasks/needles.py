@@ -19,6 +19,8 @@ from hyperlora.tasks.contract import Task
 class Needles(Task):
     """An invented fact between two sentences of a book; every pair of a length and a depth gets as many documents.
 
+    The book is cut at tokens, not at words, so that length and depth are what they should be.
+
     Attributes:
         lengths: of the whole document, in tokens of the base.
         depths: share of the haystack that stands before the needle.

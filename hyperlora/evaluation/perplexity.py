@@ -1,0 +1,64 @@
+"""How likely a language model finds given texts. Any base does, so that one model's replies can be read by another."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from hyperlora.base_model import BaseModel
+from hyperlora.errors import InputError
+from hyperlora.objectives import Row, collate, label_logits
+from hyperlora.prompt import document_ids
+from hyperlora.structure import text_config
+
+
+@torch.no_grad()
+def text_nll(
+    base: BaseModel, texts: Sequence[str], batch_tokens: int = 1024, progress: str | None = None
+) -> list[tuple[float, int]]:
+    """Negative log-likelihood (nats) and number of scored tokens of each text, in order.
+
+    Each text stands behind the model's bos token; where it has none, the first token is given and not scored. Texts
+    are read together up to `batch_tokens` padded tokens (at least one text). `progress` names a bar.
+
+    Raises:
+        InputError: a text is longer than the model can read.
+    """
+    bos = base.tokenizer.bos_token_id
+    ids = [([] if bos is None else [bos]) + document_ids(base.tokenizer, text) for text in texts]
+    limit = getattr(text_config(base.model), "max_position_embeddings", None) or math.inf
+    for number, row in enumerate(ids, 1):
+        if len(row) > limit:
+            raise InputError(f"text {number} has {len(row)} tokens, {base.name} reads {limit}; cut it into parts")
+    scores = [(0.0, 0)] * len(ids)
+    order = sorted((index for index, row in enumerate(ids) if len(row) > 1), key=lambda index: len(ids[index]))
+    with tqdm(total=len(order), unit="text", desc=progress, disable=progress is None) as bar:
+        for group in _batches(order, ids, batch_tokens):
+            batch = collate([Row(index, ids[index], 1) for index in group], base.device)
+            losses = F.cross_entropy(label_logits(base.model, batch), batch.targets, reduction="none")
+            for index, part in zip(group, losses.split(batch.labelled.sum(1).tolist()), strict=True):
+                scores[index] = (float(part.sum()), len(part))
+            bar.update(len(group))
+    return scores
+
+
+def perplexity(scores: Sequence[tuple[float, int]]) -> float:
+    """exp of the mean over all scored tokens of `text_nll`. Raises InputError when there are none."""
+    nats, tokens = sum(score[0] for score in scores), sum(score[1] for score in scores)
+    if not tokens:
+        raise InputError("the texts have no tokens to score; give at least one that is not empty")
+    return math.exp(nats / tokens)
+
+
+def _batches(order: list[int], ids: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Consecutive indices of rows, sorted by length, whose padded size stays within `batch_tokens`."""
+    group: list[int] = []
+    for index in order:
+        if group and len(ids[index]) * (len(group) + 1) > batch_tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
