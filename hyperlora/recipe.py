@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hyperlora.errors import InputError, nearest
+from hyperlora.errors import InputError
 from hyperlora.generator_config import GeneratorConfig
+from hyperlora.settings import explain, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -114,31 +114,14 @@ def read_recipe(path: Path, **changes: Any) -> Recipe:
     Raises:
         InputError: not YAML, an unknown key (with the nearest known ones) or a wrong type, in one line.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a recipe: expected keys and values at the top level")
     content.update({key: value for key, value in changes.items() if value is not None})
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys(first['loc']))}"
-    if first["type"] == "missing":
-        return f"the key {where!r} is missing"
-    if not where:  # a rule about several keys
-        return first["msg"].removeprefix("Value error, ")
-    return f"{where}: {first['msg']} (got {first['input']!r})"
+        raise InputError(f"{path}: {explain(error, _keys(error.errors()[0]['loc']))}") from error
 
 
 def _keys(where: tuple[int | str, ...]) -> list[str]:

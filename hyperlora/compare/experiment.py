@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hyperlora.errors import InputError, nearest
 from hyperlora.methods import METHODS, Method
+from hyperlora.settings import explain, read_yaml
 from hyperlora.tasks import Task, read_task
 
 
@@ -78,12 +78,7 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         InputError: not YAML, an unknown method, task or setting (with the nearest known names), in one line.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the experiment {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "experiment")
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict):
         raise InputError(f"{path} is not an experiment: it needs name, tasks and methods")
     specs = {"full": {"method": "full"}, "none": {"method": "none"}} | content["methods"]
@@ -91,11 +86,7 @@ def read_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise InputError(f"{path}: unknown key {where!r}; {nearest(where, Experiment.model_fields)}") from error
-        raise InputError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from error
+        raise InputError(f"{path}: {explain(error, Experiment.model_fields)}") from error
     for label, method in experiment.methods.items():
         _check_match(path, experiment, label, method)
     if experiment.adapted is not None and experiment.adapted not in experiment.methods:
@@ -115,12 +106,7 @@ def _method(path: Path, label: str, spec: Any) -> dict[str, Any]:
     try:
         settings = METHODS[name].Settings.model_validate(own)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            hint = nearest(where, [*known, "match", "items"])
-            raise InputError(f"{path}: method {label}: unknown setting {where!r}; {hint}") from error
-        raise InputError(f"{path}: method {label}: {where}: {first['msg']} (got {first['input']!r})") from error
+        raise InputError(f"{path}: method {label}: {explain(error, [*known, 'match', 'items'])}") from error
     shared = {key: spec[key] for key in ("match", "items") if key in spec}
     return {"method": name, "settings": json.loads(settings.model_dump_json()), **shared}
 

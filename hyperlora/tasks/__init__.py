@@ -5,7 +5,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from hyperlora.errors import InputError, nearest
-from hyperlora.tasks.contract import Task, explain
+from hyperlora.settings import explain
+from hyperlora.tasks.contract import Task
 from hyperlora.tasks.facts import Facts
 from hyperlora.tasks.instructions import Instructions
 from hyperlora.tasks.jsonl import Jsonl

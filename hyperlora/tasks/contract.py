@@ -1,16 +1,15 @@
 """What a task is: documents, and what is asked of them or the text that follows them."""
 
-import reprlib
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hyperlora.base_model import BaseModel as Base
 from hyperlora.data.items import Item
-from hyperlora.errors import InputError, nearest
+from hyperlora.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -63,14 +62,3 @@ class Task(BaseModel):
         if not found:
             raise InputError(f"the task {self.name} has no documents: {requirement}")
         return [found[name] for name in sorted(found, key=self.hash)[: self.items]]
-
-
-def explain(error: ValidationError, known: Iterable[str]) -> str:
-    """The first fault of a record or of settings, in one line; `known` are the keys that it may have."""
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {nearest(where, known)}"
-    if first["type"] == "missing":
-        return f"the key {where!r} is missing"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {reprlib.repr(first['input'])})"

@@ -12,7 +12,8 @@ from hyperlora.base_model import BaseModel as Base
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.reading import read_lines
-from hyperlora.tasks.contract import Task, explain
+from hyperlora.settings import explain
+from hyperlora.tasks.contract import Task
 
 
 def _checked(text: str) -> str:
