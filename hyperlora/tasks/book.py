@@ -78,18 +78,19 @@ def hide(base: Base, book: Book, start: int, end: int, hidden: list[tuple[int, s
         hidden: which sentence of the book each hidden one stands before, in rising order.
     """
     last = book.starts[hidden[-1][0]]
-    text = ""
-    for _ in range(8):
+    tries: list[tuple[int, str]] = []
+    for _ in range(8):  # it may step to and fro over the length
         parts, at = [], book.ends[start]
         for index, sentence in hidden:
             parts += [book.text[at : book.sentences[index]], sentence, " "]
             at = book.sentences[index]
         text = "".join([*parts, book.text[at : book.ends[end]]]).strip()
         over = len(document_ids(base.tokenizer, text)) - length
+        tries.append((abs(over), text))
         if not over:
             break
         if end - last > abs(over):
             end -= over
         else:
             start += over
-    return text
+    return min(tries)[1]
