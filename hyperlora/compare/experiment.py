@@ -72,8 +72,7 @@ class Experiment(BaseModel):
 def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment. In a method, keys other than `method`, `match` and `items` are its settings.
 
-    `full` and `none` are added where they are missing: no method is judged without them. So is a truncation to the
-    bytes of every method that others are not already matched with, when one method makes patches.
+    `full` and `none` are added where they are missing: no method is judged without them.
 
     Raises:
         InputError: not YAML, an unknown method, task or setting (with the nearest known names), in one line.

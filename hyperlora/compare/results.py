@@ -240,8 +240,13 @@ def _by_tag(values: Values, items: dict[str, list[Item]]) -> list[Record]:
                         if name in tags.get(document, {}):
                             groups[tags[document][name]].append(value)
                     row = {"task": task, "method": method, "metric": metric, "tag": name}
-                    rows += [{**row, "value": value, **_interval(group)} for value, group in sorted(groups.items())]
+                    rows += [{**row, "value": value, **_interval(group)} for value, group in _ordered(groups)]
     return rows
+
+
+def _ordered(groups: dict[Any, list[float]]) -> list[tuple[Any, list[float]]]:
+    """By value, numbers before words."""
+    return sorted(groups.items(), key=lambda pair: (isinstance(pair[0], str), pair[0]))
 
 
 def _with_pairs(tags: Mapping[str, float | str]) -> dict[str, float | str]:
