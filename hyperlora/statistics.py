@@ -64,8 +64,8 @@ class SecondMoment(nn.Module):
 class SiteStatistics(nn.Module):
     """Calibration of one site. Buffers besides the second moment: `gain` (d_out,), what a change of the output is
     worth in the residual stream, and `residual_norm` (), the size of the stream after the site's layer: the norm it
-    would have if all its channels were like the median one. A few channels are many times larger than the rest (in
-    Gemma 3 a single one carries 80 % of the squared norm), and values as large as those drown everything else."""
+    would have if all its channels were like the median one. A few channels are many times larger than the rest,
+    above all in Gemma 3, and values as large as those drown everything else."""
 
     gain: Tensor
     residual_norm: Tensor

@@ -1,6 +1,6 @@
 """The work of a comparison, cut into units: one method on a few documents of a task, answered under every control."""
 
-import zlib
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from hyperlora.data.mix import window
 from hyperlora.data.sources import load
 from hyperlora.memory import Memory
 from hyperlora.methods import Document, Method
+from hyperlora.methods.contract import stable_seed
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.tasks import Task
@@ -144,13 +145,11 @@ def _unrelated(
     records: list[dict[str, Any]], unit: Unit, source: str, memories: Sequence[Memory], runtime: Runtime
 ) -> None:
     """Loss on a window of unrelated text, chosen by the document's id, bare and with the document's patch on."""
-    import random
-
     texts = load(source)
     tokenizer = runtime.base.tokenizer
     prompts: list[Prompt] = []
     for index, item in enumerate(unit.items[: unit.forgetting]):
-        rng = random.Random(zlib.crc32(item.id.encode()))
+        rng = random.Random(stable_seed(item.id))
         text = window(tokenizer, rng.choice(texts).text, rng, _UNRELATED_TOKENS, 0)[0]
         prompts.append(runtime.continuation(index, text))
     bare = [Memory()] * len(memories)
