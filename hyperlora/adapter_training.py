@@ -50,34 +50,49 @@ class Adapter(nn.Module):
         return dict(zip(self.paths, zip(self.a, self.b, strict=True), strict=True))
 
 
-def train_adapter(recipe: Recipe, base: BaseModel, rates: Sequence[float], folder: Path) -> dict[str, float]:
+def train_adapter(
+    recipe: Recipe, base: BaseModel, rates: Sequence[float], folder: Path, sweep_steps: int | None = None
+) -> dict[str, float]:
     """Train with every learning rate in `folder`/rate-*, keep the best in `folder`/adapter; resumes where it stopped.
 
+    Args:
+        sweep_steps: compare the learning rates after so many steps of the recipe's schedule, and train only the best
+            to its end; default all.
+
     Returns:
-        validation loss, nats per label token, by learning rate; also written to sweep.json.
+        validation loss, nats per label token, by learning rate, and `adapter`, of the one that is kept; also written
+        to sweep.json.
 
     Raises:
         InputError: the recipe asks no questions about documents, or the folder holds another recipe's run.
     """
-    losses: dict[str, float] = {}
-    best: Adapter | None = None
-    for rate in rates:
-        name = f"{rate:g}"
-        adapter = _train(recipe, base, rate, folder / f"rate-{name}")
-        losses[name] = validation_loss(recipe, base, adapter)
-        if losses[name] == min(losses.values()):
-            best = adapter
-    assert best is not None
-    SharedState("adapted_full", adapter=best.factors()).save(folder / "adapter", base, force=True)
+    found = {rate: _swept(recipe, base, rate, folder / f"rate-{rate:g}", sweep_steps) for rate in rates}
+    best = min(found, key=lambda rate: found[rate])
+    adapter = _train(recipe, base, best, folder / f"rate-{best:g}")
+    losses = {f"{rate:g}": loss for rate, loss in found.items()}
+    losses["adapter"] = validation_loss(recipe, base, adapter)
+    SharedState("adapted_full", adapter=adapter.factors()).save(folder / "adapter", base, force=True)
     write_text(folder / "sweep.json", json.dumps(losses, indent=1) + "\n")
     return losses
+
+
+def _swept(recipe: Recipe, base: BaseModel, rate: float, folder: Path, steps: int | None) -> float:
+    """Validation loss at the end of the sweep; written down, because the best run goes on beyond it."""
+    path = folder / "sweep.json"
+    if path.exists() and (kept := json.loads(path.read_text()))["steps"] == steps:
+        return float(kept["loss"])
+    loss = validation_loss(recipe, base, _train(recipe, base, rate, folder, steps))
+    write_text(path, json.dumps({"steps": steps, "loss": loss}) + "\n")
+    return loss
 
 
 def held_out(item: Item) -> bool:
     return zlib.crc32(item.id.encode()) % _HELD_OUT == 0
 
 
-def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path) -> Adapter:
+def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: int | None = None) -> Adapter:
+    """Train from where the folder's checkpoint stands to step `until` of the recipe's schedule."""
+    until = min(until or recipe.steps, recipe.steps)
     adapter, mix = Adapter(base, recipe), Mix(list(recipe.mix), recipe.seed, base.tokenizer)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=recipe.weight_decay)
     settings = recipe.model_dump(mode="json", include={"base", "seed", "documents", "mix", "generator"}) | {
@@ -90,8 +105,8 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path) -> Adapte
             raise InputError(f"{folder} holds another recipe's run; choose another -o")
         loaded.restore(adapter, optimizer)
         step, mix.state = loaded.position["step"], loaded.position["drawn"]
-    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc=f"learning rate {rate:g}")
-    while step < recipe.steps:
+    bar = tqdm(total=until, initial=step, unit="step", desc=f"learning rate {rate:g}")
+    while step < until:
         items = [item for item, _ in (mix.draw() for _ in range(recipe.documents)) if not held_out(item)]
         rows = _rows(base, items)
         if rows:
@@ -107,7 +122,7 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path) -> Adapte
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
         step += 1
         bar.update()
-        if step % recipe.save_every == 0 or step == recipe.steps:
+        if step % recipe.save_every == 0 or step == until:
             position = {"step": step, "drawn": mix.state, "settings": settings}
             Checkpoint.of(adapter, optimizer, position).save(folder)
     bar.close()

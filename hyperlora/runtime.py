@@ -91,6 +91,18 @@ class Runtime:
         replies = self.generate_ids(memories, prompts, max_new_tokens, progress=progress)
         return [self.base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in replies]
 
+    def replies(
+        self,
+        memories: Sequence[Memory],
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> list[list[int]]:
+        """Greedy replies as they are scored: token ids, and the one that ends a reply where the model ended it."""
+        found = self.generate_ids(memories, prompts, max_new_tokens, progress=progress)
+        end = self.base.prompt.end_ids(self.base.tokenizer)[:1]
+        return [ids + end if len(ids) < max_new_tokens else ids for ids in found]
+
     @torch.no_grad()
     def generate_ids(
         self,
@@ -210,6 +222,8 @@ class _Opened:
         rows = [self._row(memory, prompt) for memory, prompt in zip(memories, batch, strict=True)]
         if (most := max(start + len(row) for start, row in zip(starts, rows, strict=True))) > limit:
             raise InputError(f"a prompt of {most} tokens is beyond the model's window of {limit}")
+        if replies and any(len(prompt.reply) > len(row) for prompt, row in zip(batch, rows, strict=True)):
+            raise InputError("nothing stands before the text to score: this base has no token that starts a text")
         self.rows, self.starts = rows, starts
 
     def _row(self, memory: Memory, prompt: Prompt) -> Tensor:

@@ -29,6 +29,9 @@ from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.recipe import Recipe
 
+from .chat_server import server as server
+from .chat_server import waits as waits
+
 TEXT = """The harbour master of Brenwick keeps a grey parrot called Admiral, and the parrot knows eleven songs.
 On Tuesdays the ferry to Oskmere leaves at nine, and nobody has ever seen it leave late.
 Maro the baker sells rye bread, plum cakes and a soup of smoked trout that people cross the lake for.

@@ -54,7 +54,8 @@ def make_results() -> dict[str, Any]:
         for years in (1, 2, 10):
             by_tag.append({**key, "tag": "years", "value": years, **row(rng, quality / years)})
     steps = [[n, 1 - 0.9**n, 0.97 - 0.9**n, 1.02 - 0.9**n] for n in range(0, 30, 3)]
-    times = [[x, 0.1 + 0.2 * n, 0.05 + 0.2 * n, 0.15 + 0.2 * n] for n, x in enumerate((0.5, 5.0, 50.0, 500.0))]
+    growing = ["truncation", "summary", "generator", "context distillation"]
+    times = [[x, 0.1 + 0.2 * n, 0.05 + 0.2 * n, 0.15 + 0.2 * n] for n, x in enumerate(growing)]
     return {
         "name": "matched bytes",
         "version": "0.1.0",

@@ -5,7 +5,7 @@ import pytest
 
 from hyperlora.adapter_training import Adapter, held_out, train_adapter, validation_loss
 from hyperlora.base_model import BaseModel
-from hyperlora.checkpoint import Checkpoint
+from hyperlora.checkpoint import Checkpoint, find, load
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
@@ -63,7 +63,7 @@ def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_
 def test_a_killed_run_goes_on_to_the_same_adapter(
     asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "whole")
+    train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "whole", sweep_steps=5)
     save, left = Checkpoint.save, [2]
 
     def dying(self: Checkpoint, run: Path) -> None:
@@ -76,10 +76,13 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     for saves in (1, 1, 3):
         left[0] = saves
         with pytest.raises(KeyboardInterrupt):
-            train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts")
+            train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts", sweep_steps=5)
     monkeypatch.setattr(Checkpoint, "save", save)
-    train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts")
+    train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts", sweep_steps=5)
     assert adapters(tmp_path / "parts") == adapters(tmp_path / "whole")
+    for name, step in (("0.001", 5), ("0.01", 12)):  # only the better one is trained to the end
+        found = find(tmp_path / "parts" / f"rate-{name}")
+        assert found is not None and load(found).position["step"] == step
 
 
 def test_held_out_documents_are_never_trained_on(

@@ -1,23 +1,28 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hyperlora.base_model import BaseModel
+from hyperlora.base_model import BaseModel, load_base
 from hyperlora.compare.cache import Cache
-from hyperlora.compare.costs import break_even, flops
+from hyperlora.compare.costs import break_even, flops, measure_costs
 from hyperlora.compare.experiment import read_experiment
 from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.run import Comparison
+from hyperlora.compare.teacher import teacher_replies
+from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS
 from hyperlora.prompt import document_ids
-from hyperlora.runtime import Runtime
+from hyperlora.runtime import Prompt, Runtime
 
-from .conftest import TEXT, make_generator
+from .conftest import TEXT, make_base, make_generator
 
 pytest.importorskip("matplotlib")
 
@@ -97,6 +102,92 @@ def test_a_comparison_holds_its_controls(experiment: Path, base: BaseModel, tmp_
     assert abs(difference["mean"]) < 1e-3
 
 
+def test_controls_are_added_where_they_are_missing(experiment: Path) -> None:
+    text = experiment.read_text().replace("head: {method: truncation, match: patch}", "")
+    assert text != experiment.read_text()
+    experiment.write_text(text)
+    methods = read_experiment(experiment, "another/base").methods
+    assert list(methods) == ["full", "none", "patch", "cache", "evicted", "patch's bytes of text"]
+    assert methods["patch's bytes of text"].match == "patch" and methods["patch's bytes of text"].items is None
+    both = text.replace("evicted: {", "few: {method: distillation, items: 2}\n  evicted: {")
+    experiment.write_text(both)
+    assert read_experiment(experiment, "another/base").methods["few's bytes of text"].items == 2
+
+
+def test_the_teacher_is_the_model_with_the_document(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    """Greedy replies, scored: no other memory of the document makes them likelier, and `full` gives their own loss."""
+    comparison = compared(experiment, base, tmp_path / "out")
+    comparison.report("x")
+    scores = {
+        (s["method"], s["condition"]): s for s in results(tmp_path / "out")["scores"] if s["metric"] == "teacher_nll"
+    }
+    item = comparison.items["notes"][0]
+    runtime, memory = Runtime(base), Memory(text=tuple(document_ids(base.tokenizer, item.text)))
+    prompt = runtime.question(0, item.questions[0].text)
+    reply = runtime.generate_ids([memory], [prompt], 4)[0]
+    taught = teacher_replies([item], 4, runtime, comparison.cache)
+    assert len(taught) == len(item.questions) and taught[0][: len(reply)] == reply
+    assert len(taught[0]) == 4 or taught[0][-1] in base.stop_ids
+    losses = runtime.log_likelihood([memory], [Prompt(0, prompt.ids, taught[0])])[0]
+    record = next(
+        record
+        for unit, key in comparison.keyed()
+        if unit.method == "full"
+        for record in comparison.cache[key]
+        if record["document"] == item.id
+    )
+    assert record["own"]["teacher_nll"][0] == pytest.approx(-float(losses.mean()), rel=1e-4)
+    assert scores["full", "own"]["mean"] < scores["none", "own"]["mean"]
+    assert scores["full", "own"]["mean"] < scores["full", "swapped"]["mean"]
+
+
+def test_replies_and_curves_and_further_scores(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERTScore of the replies, their loss for the base and for another reader, curves, and every reply in a file."""
+    log = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 0, "evaluation": "facts-2", "patch_f1": 0.1},
+        {"step": 9, "evaluation": "facts-2", "patch_f1": 0.4},
+    ]
+    lines += [{"step": step, "loss": 3.0 - 0.1 * step} for step in range(1, 10)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    experiment.write_text(
+        experiment.read_text()
+        + f"""
+metrics: [bert_score]
+readers: {{same: null, other: some/reader}}
+curves: {{cheap to dear: [head, patch]}}
+training: {{patch: {log}}}
+"""
+    )
+    other, loads = make_base(seed=5), []
+    monkeypatch.setattr("hyperlora.compare.reply_scores.load_base", lambda name, **_: loads.append(name) or other)
+    comparison = compared(experiment, base, tmp_path / "out")
+    comparison.report("x")
+    found = results(tmp_path / "out")
+    scores = {(s["method"], s["condition"], s["metric"]): s["mean"] for s in found["scores"]}
+    assert loads == ["some/reader"]
+    for method in ("full", "patch"):
+        assert scores[method, "own", "reply_nll_same"] != scores[method, "own", "reply_nll_other"]
+        assert -1 <= scores[method, "own", "bert_score"] <= 1
+    # The whole document's replies are the reader's own greedy ones: it finds them likelier than another model does.
+    assert scores["full", "own", "reply_nll_same"] < scores["full", "own", "reply_nll_other"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 + 2 and set(rows[0]["replies"]) == {"full", "none", "patch", "head", "cache", "evicted"}
+    assert sum("cache" in row["replies"] for row in rows) == 4  # of the three documents that it ran on
+    seconds = [c for c in found["curves"] if c["x"] == "seconds" and c["metric"] == "nll"]
+    assert [point[0] for point in seconds[0]["points"]] == ["head", "patch"]
+    assert seconds[0]["points"][1][1] == pytest.approx(scores["patch", "own", "nll"])
+    steps = {(c["task"], c["metric"]): c["points"] for c in found["curves"] if c["x"] == "steps"}
+    assert steps["facts-2", "patch_f1"] == [[0, 0.1, None, None], [9, 0.4, None, None]]
+    assert steps["training", "nll"][0][:2] == [1, pytest.approx(2.9)]
+    report = (tmp_path / "out" / "results.md").read_text()
+    assert "cheap to dear" in report and "reply_nll_other" in report.replace("\\", "")
+    comparison.report("x")
+    assert loads == ["some/reader"]  # kept in the cache
+
+
 def test_a_killed_comparison_goes_on_to_the_same_results(
     experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +228,26 @@ def test_shards_add_up_to_the_whole(experiment: Path, base: BaseModel, tmp_path:
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
+def test_every_rank_of_a_launcher_does_a_shard(experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
+    """torchrun with two processes gives the results of one; the first reports."""
+    base, generator = tiny_dirs
+    text = experiment.read_text().replace(str(tmp_path / "generator"), generator)
+    experiment.write_text(text.replace("forgetting_documents: 3", "forgetting_documents: 0"))
+    command = ["-m", "hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *command, str(tmp_path / "ranks")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines().count(str(tmp_path / "ranks" / "results.json")) == 1
+    assert len(list((tmp_path / "ranks").glob("units-?-of-2.jsonl"))) == 2
+    compared(experiment, load_base(base, device="cpu"), tmp_path / "whole").report("x")
+    whole, ranks = results(tmp_path / "whole"), results(tmp_path / "ranks")
+    one, other = ([score["mean"] for score in found["scores"]] for found in (whole, ranks))
+    assert one == pytest.approx(other, abs=1e-3) and len(one) > 50
+
+
 def test_a_changed_method_is_done_again_and_the_rest_is_not(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
     compared(experiment, base, tmp_path / "out")
     before = len(Cache(tmp_path / "out").records)
@@ -153,6 +264,10 @@ def test_a_changed_method_is_done_again_and_the_rest_is_not(experiment: Path, ba
         ("match: patch", "match: pach", "no method 'pach'; did you mean 'patch'"),
         ("unit: 2", "unit: 1", "unit"),
         ("unit: 2", "units: 2", "did you mean 'unit'"),
+        ("unit: 2", "metrics: [bert_scores]", "did you mean 'bert_score'"),
+        ("unit: 2", "adapted: pach", "adapted: no method 'pach'"),
+        ("unit: 2", "curves: {c: [patch, hed]}", "curves: c: no method 'hed'; did you mean 'head'"),
+        ("unit: 2", "curves: {c: [patch]}", "curves"),
         ("truncation, match: patch", "truncation", "needs 'match'"),
         ("items: 3", "item: 3", "did you mean 'items'"),
         ("{method: truncation, match: patch}", "{method: truncation, match: evicted}", "has a budget itself"),
@@ -196,6 +311,27 @@ def test_flops_follow_the_formula(base: BaseModel) -> None:
     head = config.hidden_size * config.vocab_size
     attention = 4 * config.num_hidden_layers * n * n * config.hidden_size
     assert counted == pytest.approx(2 * layers * n + 2 * head + attention, rel=0.02)
+
+
+def test_peak_memory_is_that_of_the_work(base: BaseModel) -> None:
+    """Forty MiB held while compiling are seen, as memory above what was there before."""
+
+    class Hungry(METHODS["none"]):  # type: ignore[misc, valid-type]
+        held = 0
+
+        def compile(self, *_: Any) -> list[Memory]:
+            held = torch.ones(self.held * 2**18)  # MiB
+            return [Memory()] * int(held.numel() > -1)
+
+    item = Item("a", "Text.", (Question("Who?", "I", ("I",)),))
+    peaks = {}
+    for size in (0, 40):
+        method = Hungry(base, None)
+        method.held = size
+        peaks[size] = measure_costs(method, None, [item], 2, Runtime(base))["timing"]["peak_mib"]
+    if peaks[40] == 0:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert 35 < peaks[40] < 80 and peaks[0] < 10
 
 
 def test_break_even() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hyperlora.errors import InputError
 from hyperlora.evaluation.agreement import cohen_kappa, fleiss_kappa
 from hyperlora.evaluation.comparison import Comparison, win_rate
-from hyperlora.evaluation.human import export_sheet, read_results
+from hyperlora.evaluation.human import export_sheets, read_results
 
 METHODS = ("patch-7", "full-text")
 COMPARISONS = [
@@ -22,7 +22,7 @@ COMPARISONS = [
 def export(folder: Path, comparisons: list[Comparison] = COMPARISONS, seed: int = 0) -> tuple[Path, Path]:
     folder.mkdir(exist_ok=True)
     sheet, key = folder / "sheet.csv", folder / "key.json"
-    export_sheet(comparisons, METHODS, sheet, key, seed)
+    export_sheets(comparisons, METHODS, [sheet], key, seed)
     return sheet, key
 
 
@@ -162,11 +162,11 @@ def test_export_refuses_what_would_lose_or_mix_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="already exists"):
         export(tmp_path)
     with pytest.raises(InputError, match="both methods are called"):
-        export_sheet(COMPARISONS, ("a", "a"), tmp_path / "s.csv", tmp_path / "k.json")
+        export_sheets(COMPARISONS, ("a", "a"), [tmp_path / "s.csv"], tmp_path / "k.json")
     with pytest.raises(InputError, match="ids must be unique"):
-        export_sheet(COMPARISONS[:1] * 2, METHODS, tmp_path / "s.csv", tmp_path / "k.json")
+        export_sheets(COMPARISONS[:1] * 2, METHODS, [tmp_path / "s.csv"], tmp_path / "k.json")
     with pytest.raises(InputError, match="no comparisons"):
-        export_sheet([], METHODS, tmp_path / "s.csv", tmp_path / "k.json")
+        export_sheets([], METHODS, [tmp_path / "s.csv"], tmp_path / "k.json")
 
 
 def test_kappas_of_the_textbook() -> None:

@@ -181,7 +181,7 @@ def test_missing_numbers_are_dashes(results: dict[str, Any], tmp_path: Path) -> 
         elif entry["method"] == "none":
             entry |= {"low": None, "high": None}
     found["by_tag"] = [{**found["by_tag"][0], "mean": None, "low": None, "high": None}]
-    found["curves"][0]["points"] = [[1.0, nan, nan, nan], [2.0, 0.5, None, None]]
+    found["curves"][0]["points"] = [["summary", nan, nan, nan], ["generator", 0.5, None, None]]
     found["curves"] = found["curves"][:1]
     about = found["methods"]["generator"]
     about |= {"timing": {}, "compile_flops": None, "resident_bytes": float("inf"), "effective_ratio": None}

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,3 +158,15 @@ def test_bad_memories_are_refused(documents: list[str]) -> None:
     with pytest.raises(InputError, match="cannot share"):
         runtime.generate([kv_memory(other, "A ferry."), Memory()], [runtime.question(0, "?"), runtime.question(1, "?")])
     assert runtime.log_likelihood([Memory()], [Prompt(0, [7, 8], [9])])[0].shape == (1,)
+
+
+def test_text_with_nothing_before_it_is_refused() -> None:
+    """A base without a chat format or a token to start with: the first token would have no prediction."""
+    base = make_base(chat=False)
+    base.prompt = replace(base.prompt, prefix="")
+    runtime = Runtime(base)
+    with pytest.raises(InputError, match="nothing stands before the text"):
+        runtime.log_likelihood([Memory()], [runtime.continuation(0, "The ferry leaves.")])
+    assert (
+        len(runtime.log_likelihood([text_memory(base, "Salt.")], [runtime.continuation(0, "The ferry leaves.")])) == 1
+    )

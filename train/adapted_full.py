@@ -19,6 +19,9 @@ def main(
     recipe: Annotated[Path, typer.Argument(help="Recipe of the generator that is compared.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs; the adapter comes to adapter/.")],
     rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "3e-4,1e-3,3e-3",
+    sweep_steps: Annotated[
+        int | None, typer.Option(help="Compare the rates after so many steps; train only the best to the end.", min=1)
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Another base than the recipe's.")] = None,
 ) -> None:
     """Train one LoRA with the document in the prompt, at every learning rate; keep the best on held-out documents."""
@@ -27,8 +30,8 @@ def main(
     except ValueError as error:
         raise InputError(f"--rates {rates}: give numbers with commas between them, such as 3e-4,1e-3") from error
     read = read_recipe(recipe, base=base)
-    for rate, loss in train_adapter(read, load_base(read.base), chosen, output).items():
-        print(f"learning rate {rate}: {loss:.3f} nats per token on held-out documents")
+    for name, loss in train_adapter(read, load_base(read.base), chosen, output, sweep_steps).items():
+        print(f"{name}: {loss:.3f} nats per token on held-out documents")
 
 
 if __name__ == "__main__":

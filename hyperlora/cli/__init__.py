@@ -13,7 +13,9 @@ from hyperlora.cli.compare import compare, methods
 from hyperlora.cli.compose import compose
 from hyperlora.cli.evaluate import evaluate
 from hyperlora.cli.generate import generate
+from hyperlora.cli.human import rate
 from hyperlora.cli.inspect import inspect
+from hyperlora.cli.judge import judge
 from hyperlora.cli.train import train
 from hyperlora.errors import HyperloraError
 
@@ -23,8 +25,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (generate, ask, inspect, compose, train, evaluate, compare, methods):
+for command in (generate, ask, inspect, compose, train, evaluate, compare, methods, judge):
     app.command()(command)
+app.add_typer(rate, name="rate")
 
 
 def _version(show: bool) -> None:

@@ -34,8 +34,8 @@ def compare(
     if ranks > 1 and shard is not None:
         raise InputError("--shard is set by the launcher's rank here; leave it out")
     part = (int(os.environ["RANK"]) + 1, ranks) if ranks > 1 else options.read_shard(shard)
-    read = read_experiment(experiment)
-    loaded = load_base(base or read.base, **loading.base_options(device, dtype, None, False))
+    read = read_experiment(experiment, base)
+    loaded = load_base(read.base, **loading.base_options(device, dtype, None, False))
     comparison = Comparison(read, loaded, output, part)
     comparison.run()
     if ranks > 1:

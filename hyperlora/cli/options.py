@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,12 @@ Quantize = Annotated[int | None, typer.Option("--quantize", help="Load the base 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code. Off unless asked.")
 ]
+Compared = Annotated[Path, typer.Argument(help="Folder of `hyperlora compare`.")]
+First = Annotated[str, typer.Argument(help="Label of the method whose win rate is wanted.")]
+Second = Annotated[str, typer.Argument(help="Label of the method that it is compared with.")]
+TaskLabel = Annotated[str | None, typer.Option("--task", help="Only the questions of this task; default: of all.")]
+Items = Annotated[int | None, typer.Option("--items", min=1, help="Only the first so many questions.")]
+Seed = Annotated[int, typer.Option("--seed", help="Which reply is shown as A, and the order of rows in a sheet.")]
 
 
 def read_shard(text: str | None) -> tuple[int, int]:

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hyperlora.errors import InputError, nearest
 from hyperlora.methods import METHODS, Method
+from hyperlora.methods.adapted import AdaptedFull, shipped_adapter
+from hyperlora.methods.truncation import Truncation
 from hyperlora.settings import explain, read_yaml
 from hyperlora.tasks import Task, read_task
+
+REPLY_METRICS = ("bert_score",)
 
 
 class MethodSpec(BaseModel):
@@ -50,6 +54,11 @@ class Experiment(BaseModel):
         unrelated: a text source on which forgetting is measured; None for no such measurement.
         forgetting_documents: of every task, for forgetting (patches only).
         adapted: label of the method that reads the document with an adapted model, for the adapted gain.
+        metrics: further scores of replies: `bert_score`.
+        readers: other bases that say how likely they find the replies with the document in their prompt, by label; None
+            for the experiment's own base.
+        curves: methods with growing budgets whose scores are drawn over their compile seconds, by the curve's label.
+        training: metrics.jsonl of training runs whose curves are drawn, by label.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,16 +72,24 @@ class Experiment(BaseModel):
     unrelated: str | None = "wikitext2_test"
     forgetting_documents: int = Field(50, ge=0)
     adapted: str | None = None
+    metrics: list[str] = []
+    readers: dict[str, str | None] = {}
+    curves: dict[str, Annotated[list[str], Field(min_length=2)]] = {}
+    training: dict[str, str] = {}
     costs: CostSetting = Field(default_factory=lambda: CostSetting(documents=3, tokens=16))
 
     def read_tasks(self) -> dict[str, Task]:
         return {label: read_task(spec, f"task {label}") for label, spec in self.tasks.items()}
 
 
-def read_experiment(path: Path) -> Experiment:
+def read_experiment(path: Path, base: str | None = None) -> Experiment:
     """Read and check an experiment. In a method, keys other than `method`, `match` and `items` are its settings.
 
-    `full` and `none` are added where they are missing: no method is judged without them.
+    No method is judged without controls. Where they are missing, these are added: `full` and `none`; the truncated
+    document at the bytes of every method that makes it smaller; and, for the default base, the adapted full context.
+
+    Args:
+        base: replaces the experiment's.
 
     Raises:
         InputError: not YAML, an unknown method, task or setting (with the nearest known names), in one line.
@@ -82,16 +99,46 @@ def read_experiment(path: Path) -> Experiment:
         raise InputError(f"{path} is not an experiment: it needs name, tasks and methods")
     specs = {"full": {"method": "full"}, "none": {"method": "none"}} | content["methods"]
     content["methods"] = {label: _method(path, label, spec) for label, spec in specs.items()}
+    content["base"] = base or content.get("base")
+    _add_controls(content)
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, Experiment.model_fields)}") from error
     for label, method in experiment.methods.items():
         _check_match(path, experiment, label, method)
-    if experiment.adapted is not None and experiment.adapted not in experiment.methods:
-        raise InputError(f"{path}: adapted: no method {experiment.adapted!r}; {nearest(experiment.adapted, specs)}")
+    named = {"adapted": [experiment.adapted] if experiment.adapted else []}
+    named |= {f"curves: {label}": rows for label, rows in experiment.curves.items()}
+    for where, labels in named.items():
+        for label in labels:
+            if label not in experiment.methods:
+                hint = nearest(label, experiment.methods)
+                raise InputError(f"{path}: {where}: no method {label!r}; {hint}")
+    for metric in experiment.metrics:
+        if metric not in REPLY_METRICS:
+            raise InputError(f"{path}: unknown metric {metric!r}; {nearest(metric, REPLY_METRICS)}")
     experiment.read_tasks()
     return experiment
+
+
+def _add_controls(content: dict[str, Any]) -> None:
+    methods: dict[str, dict[str, Any]] = content["methods"]
+    truncated = [spec.get("match") for spec in methods.values() if spec["method"] == Truncation.name]
+    matched = {methods[label]["method"] for label in truncated if label in methods}
+    for label, spec in list(methods.items()):
+        if METHODS[spec["method"]].compresses and spec["method"] not in matched:
+            matched.add(spec["method"])
+            methods[f"{label}'s bytes of text"] = {
+                "method": Truncation.name,
+                "match": label,
+                "items": spec.get("items"),
+            }
+    readers = [label for label, spec in methods.items() if spec["method"] == AdaptedFull.name]
+    if not readers and content["base"] is None and shipped_adapter().is_dir():
+        readers = ["adapted full"]
+        methods[readers[0]] = {"method": AdaptedFull.name}
+    if readers:
+        content.setdefault("adapted", readers[0])
 
 
 def _method(path: Path, label: str, spec: Any) -> dict[str, Any]:

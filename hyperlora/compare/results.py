@@ -12,15 +12,16 @@ import torch
 from hyperlora import __version__
 from hyperlora.base_model import BaseModel
 from hyperlora.compare.costs import break_even
+from hyperlora.compare.curves import curves
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.gain import recovered_gain
-from hyperlora.compare.units import Unit
+from hyperlora.compare.replies import examples
+from hyperlora.compare.units import CONDITIONS, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
-from hyperlora.evaluation.metrics import LOWER_IS_BETTER, TEXT_METRICS
+from hyperlora.evaluation.metrics import TEXT_METRICS, lower_is_better
 from hyperlora.tasks import Task
 
-_EXAMPLES = 5
 Record = dict[str, Any]
 # Values per document, averaged over questions and seeds: [task][method][condition][metric][document id].
 Values = dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]
@@ -31,6 +32,7 @@ def collect(
     tasks: dict[str, Task],
     items: dict[str, list[Item]],
     finished: Sequence[tuple[Unit, list[Record]]],
+    replies: Sequence[Record],
     costs: dict[str, dict[str, Any]],
     base: BaseModel,
     command: str,
@@ -58,7 +60,7 @@ def collect(
         "tasks": {
             label: {
                 "kind": task.kind,
-                "metrics": [*task.metrics, *(["nll"] if task.kind == "answers" else [])],
+                "metrics": [*task.metrics, *(["nll", "teacher_nll"] if task.kind == "answers" else [])],
                 "documents": len(items[label]),
                 "questions": sum(max(1, len(item.questions)) for item in items[label]),
                 "settings": experiment.tasks[label],
@@ -72,8 +74,8 @@ def collect(
         "flags": flags,
         "forgetting": _forgetting(values, records),
         "by_tag": _by_tag(values, items),
-        "curves": [],
-        "examples": _examples(items, finished),
+        "curves": curves(experiment, values),
+        "examples": examples(replies),
     }
 
 
@@ -86,15 +88,15 @@ def _values(
         metrics = [name for name in tasks[unit.task].metrics if name in TEXT_METRICS]
         for record in records:
             item = documents[unit.task][record["document"]]
-            for condition in ("own", "swapped", "beside"):
-                if condition not in record:
-                    continue
+            for condition in [name for name in CONDITIONS if name in record]:
                 held = sums[unit.task][unit.method][condition]
                 replies = record[condition].get("replies", [])
                 for metric in metrics:
                     for reply, question in zip(replies, item.questions, strict=True):
                         held[metric][item.id].append(TEXT_METRICS[metric](reply, question.accepted))
-                held["nll"][item.id] += record[condition]["nll"]
+                for metric, found in record[condition].items():
+                    if metric != "replies":
+                        held[metric][item.id] += found
     return {
         task: {
             method: {
@@ -165,7 +167,7 @@ def _flags(task: str, method: str, methods: dict[str, Any]) -> list[Record]:
     rows = []
     for metric, own in methods[method]["own"].items():
         pairs = _paired(own, methods[method]["swapped"].get(metric, {}))
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+        sign = -1 if lower_is_better(metric) else 1
         _, low, _ = interval([sign * (a - b) for a, b in pairs])
         if low <= 0:
             reason = "the memory of another document is not clearly worse than that of the right one"
@@ -253,20 +255,3 @@ def _with_pairs(tags: Mapping[str, float | str]) -> dict[str, float | str]:
     """The tags, and every two of them as one, for heat maps: `depth×length` -> `0.5×1024`."""
     pairs = combinations(sorted(tags), 2)
     return {**tags, **{f"{one}×{other}": f"{tags[one]}×{tags[other]}" for one, other in pairs}}
-
-
-def _examples(items: dict[str, list[Item]], finished: Sequence[tuple[Unit, list[Record]]]) -> list[Record]:
-    """The first question of the first documents, as every method answered it."""
-    replies: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for unit, records in finished:
-        for record in records:
-            if record["own"].get("replies"):
-                replies[unit.task, record["document"]].setdefault(unit.method, record["own"]["replies"][0])
-    rows = []
-    for task, documents in items.items():
-        for item in documents[:_EXAMPLES]:
-            if (task, item.id) in replies:
-                question = item.questions[0]
-                answers = {"question": question.text, "accepted": list(question.accepted)}
-                rows.append({"task": task, "document": item.text, **answers, "replies": replies[task, item.id]})
-    return rows

@@ -11,10 +11,13 @@ from hyperlora.base_model import BaseModel
 from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.costs import measure_costs
 from hyperlora.compare.experiment import Experiment
+from hyperlora.compare.replies import replies
+from hyperlora.compare.reply_scores import add_reply_scores
 from hyperlora.compare.results import collect
 from hyperlora.compare.units import Unit, run_unit, unit_key, units
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
+from hyperlora.evaluation.replies import REPLIES
 from hyperlora.files import write_text
 from hyperlora.methods import Method
 from hyperlora.report import write_report
@@ -24,7 +27,8 @@ _EXPERIMENT, _RESULTS = "experiment.json", "results.json"
 
 
 class Comparison:
-    """An experiment in a folder: experiment.json, units-*.jsonl (what is finished), then results.json and the report.
+    """An experiment in a folder: experiment.json, units-*.jsonl (what is finished), then results.json,
+    replies.jsonl (every question as every method answered it) and the report.
 
     Args:
         shard: (i, n), do only every n-th unit from the i-th on, i from 1.
@@ -88,7 +92,7 @@ class Comparison:
                 bar.set_postfix_str(f"{unit.task}, {unit.method}")
                 method, matched = self.method(unit.method, unit.seed), self._matched(unit.method)
                 task = self.tasks[unit.task]
-                self.cache.add(key, run_unit(unit, task, self.experiment, method, matched, self.runtime))
+                self.cache.add(key, run_unit(unit, task, self.experiment, method, matched, self.runtime, self.cache))
                 bar.update(len(unit.items))
 
     def report(self, command: str) -> list[Path]:
@@ -101,11 +105,14 @@ class Comparison:
         missing = sum(key not in self.cache for _, key in pairs)
         if missing:
             raise InputError(f"{missing} of {len(pairs)} units are not done; run again without --shard")
-        finished = [(unit, self.cache[key]) for unit, key in pairs]
+        records = add_reply_scores(self.experiment, self.base, pairs, self.cache)
+        finished = [(unit, records[key]) for unit, key in pairs]
         costs = {label: self._costs(label) for label in self.experiment.methods}
-        results = collect(self.experiment, self.tasks, self.items, finished, costs, self.base, command)
+        rows = replies(self.items, finished)
+        results = collect(self.experiment, self.tasks, self.items, finished, rows, costs, self.base, command)
+        write_text(self.folder / REPLIES, "".join(json.dumps(row) + "\n" for row in rows))
         write_text(self.folder / _RESULTS, json.dumps(results, indent=1) + "\n")
-        return [self.folder / _RESULTS, *write_report(results, self.folder)]
+        return [self.folder / _RESULTS, self.folder / REPLIES, *write_report(results, self.folder)]
 
     def _costs(self, label: str) -> dict[str, Any]:
         setting, task = self.experiment.costs, next(iter(self.items))

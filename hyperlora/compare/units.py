@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hyperlora.base_model import BaseModel
-from hyperlora.compare.cache import digest
+from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.experiment import Experiment, MethodSpec
+from hyperlora.compare.teacher import teacher_replies
 from hyperlora.data.items import Item
 from hyperlora.data.mix import window
 from hyperlora.data.sources import load
@@ -18,8 +19,9 @@ from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.tasks import Task
 
-_FORMAT = 1  # raised when the meaning of a cached record changes
+_FORMAT = 2  # raised when the meaning of a cached record changes
 _UNRELATED_TOKENS = 256
+CONDITIONS = ("own", "swapped", "beside")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,13 @@ def _identity(spec: MethodSpec, method: Method) -> list[Any]:
 
 
 def run_unit(
-    unit: Unit, task: Task, experiment: Experiment, method: Method, matched: Method | None, runtime: Runtime
+    unit: Unit,
+    task: Task,
+    experiment: Experiment,
+    method: Method,
+    matched: Method | None,
+    runtime: Runtime,
+    cache: Cache,
 ) -> list[dict[str, Any]]:
     """One record for each document: bytes, and under every condition the replies or the log-likelihoods.
 
@@ -101,12 +109,13 @@ def run_unit(
     ]
     own = list(range(count))
     following = [(index + 1) % count for index in own]
-    _ask(records, "own", unit.items, memories, own, task, runtime)
-    _ask(records, "swapped", unit.items, memories, following, task, runtime)
+    teacher = teacher_replies(unit.items, task.max_new_tokens, runtime, cache) if task.kind == "answers" else []
+    _ask(records, "own", unit.items, memories, own, task, teacher, runtime)
+    _ask(records, "swapped", unit.items, memories, following, task, teacher, runtime)
     if unit.forgetting and all(memory.patch is not None for memory in memories):
         texts = [document_ids(base.tokenizer, item.text) for item in unit.items]
         beside = [memories[following[index]].with_text(texts[index]) for index in own[: unit.forgetting]]
-        _ask(records, "beside", unit.items[: unit.forgetting], beside, own[: unit.forgetting], task, runtime)
+        _ask(records, "beside", unit.items[: unit.forgetting], beside, own, task, teacher, runtime)
         if experiment.unrelated is not None:
             _unrelated(records, unit, experiment.unrelated, memories, runtime)
     return records
@@ -119,25 +128,27 @@ def _ask(
     memories: Sequence[Memory],
     owners: Sequence[int],
     task: Task,
+    teacher: Sequence[list[int]],
     runtime: Runtime,
 ) -> None:
-    """Answer the questions of item i from memory owners[i]."""
+    """Answer the questions of item i from memory owners[i]; score the accepted answers and the teacher's replies."""
     if task.kind == "text":
         prompts = [runtime.continuation(owners[index], item.following) for index, item in enumerate(items)]
         for record, scores in zip(records, runtime.log_likelihood(memories, prompts), strict=False):
             record[condition] = {"nll": [-float(scores.mean())]}
         return
-    prompts, gold = [], []
-    for index, item in enumerate(items):
-        for question in item.questions:
-            prompts.append(runtime.question(owners[index], question.text))
-            gold.append(runtime.question(owners[index], question.text, question.reply))
+    asked = [(owners[index], question) for index, item in enumerate(items) for question in item.questions]
+    prompts = [runtime.question(owner, question.text) for owner, question in asked]
+    gold = [runtime.question(owner, question.text, question.reply) for owner, question in asked]
+    taught = [replace(prompt, reply=reply) for prompt, reply in zip(prompts, teacher, strict=False)]
     replies = iter(runtime.generate(memories, prompts, task.max_new_tokens))
-    likelihoods = iter(runtime.log_likelihood(memories, gold))
+    losses = [-float(scores.mean()) for scores in runtime.log_likelihood(memories, gold + taught)]
+    nll, teacher_nll = iter(losses[: len(gold)]), iter(losses[len(gold) :])
     for record, item in zip(records, items, strict=False):
         record[condition] = {
             "replies": [next(replies) for _ in item.questions],
-            "nll": [-float(next(likelihoods).mean()) for _ in item.questions],
+            "nll": [next(nll) for _ in item.questions],
+            "teacher_nll": [next(teacher_nll) for _ in item.questions],
         }
 
 

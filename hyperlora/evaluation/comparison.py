@@ -2,8 +2,9 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hyperlora.errors import InputError
 from hyperlora.evaluation.bootstrap import interval
@@ -59,3 +60,12 @@ def win_rate(documents: Sequence[str], values: Sequence[float]) -> tuple[float, 
     for document, value in zip(documents, values, strict=True):
         groups[document].append(value)
     return interval([sum(group) / len(group) for group in groups.values()])
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One line for a result of a judge or of raters, as far as they have the same fields."""
+    (first, second), (mean, low, high) = result["methods"], result["win_rate"]
+    return (
+        f"{first} against {second}: win rate {mean:.3f} [{low:.3f}, {high:.3f}] on {result['documents']} documents; "
+        f"{result['wins']} wins, {result['losses']} losses, {result['ties']} ties"
+    )

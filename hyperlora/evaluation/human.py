@@ -17,23 +17,29 @@ _COLUMNS = ("id", "document", "question", "answers", "A", "B", "choice", "commen
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets run cells that start so
 
 
-def export_sheet(
-    comparisons: Sequence[Comparison], methods: tuple[str, str], sheet: Path, key: Path, seed: int = 0
+def export_sheets(
+    comparisons: Sequence[Comparison],
+    methods: tuple[str, str],
+    sheets: Sequence[Path],
+    key: Path,
+    seed: int = 0,
+    force: bool = False,
 ) -> None:
-    """Write `sheet` for the raters and `key`, which says who is who and stays with the experimenter.
+    """Write `sheets`, one for each rater and all the same, and `key`, which says who is who and stays with the
+    experimenter.
 
     Rows, and the replies within them, stand in a random order that `seed` fixes; raters fill the column `choice` with
     A, B or tie. Spreadsheets show 32,767 characters of a cell: give longer documents to the raters separately.
 
     Raises:
-        InputError: a file exists, or the methods have the same name.
+        InputError: a file exists and `force` is not set, or the methods have the same name.
     """
     check(comparisons)
     if methods[0] == methods[1]:
         raise InputError(f"both methods are called {methods[0]!r}; give them different names")
-    for path in (sheet, key):
-        if path.exists():
-            raise InputError(f"{path} already exists; it may hold a rater's work, choose another name")
+    for path in (*sheets, key):
+        if path.exists() and not force:
+            raise InputError(f"{path} already exists and may hold a rater's work; choose another name or pass --force")
     # The hash orders the rows at random and ties the sheet to its key. The r keeps spreadsheets from seeing a number.
     rows = sorted((f"r{sha256(f'{seed}{vars(c)}'.encode())[:12]}", c) for c in comparisons)
     lines, secrets = io.StringIO(), {}
@@ -51,10 +57,11 @@ def export_sheet(
             "A": methods[0 if straight else 1],
         }
     try:
-        write_text(sheet, "\ufeff" + lines.getvalue())  # without the mark Excel does not read UTF-8
+        for sheet in sheets:
+            write_text(sheet, "\ufeff" + lines.getvalue())  # without the mark Excel does not read UTF-8
         write_text(key, json.dumps({"methods": methods, "seed": seed, "rows": secrets}, indent=1) + "\n")
     except OSError as error:
-        raise InputError(f"cannot write {sheet} and {key}: {error.strerror}") from error
+        raise InputError(f"cannot write the sheets and {key}: {error.strerror}") from error
 
 
 def read_results(sheets: Sequence[Path], key: Path) -> dict[str, Any]:

@@ -62,4 +62,8 @@ def _rouge_l(prediction: list[str], answer: list[str]) -> float:
 
 METRICS = {"f1": f1, "exact_match": exact_match, "contains": contains}
 TEXT_METRICS = {**METRICS, "rouge_l": rouge_l}  # and what suits longer texts than answers
-LOWER_IS_BETTER = ("nll",)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Of likelihoods, in nats per token: of the accepted answer, of the teacher's reply, of a reply to its readers."""
+    return "nll" in metric.split("_")

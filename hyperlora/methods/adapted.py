@@ -5,6 +5,7 @@ like size, trained on the same questions with the document in the prompt and use
 """
 
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ class AdaptedFull(Method):
     name = "adapted_full"
 
     class Settings(MethodSettings):
-        """`path`: directory of the trained adapter (`train/adapted_full.py` writes it)."""
+        """`path`: directory of the trained adapter (`train/adapted_full.py` writes it); default the one that ships."""
 
-        path: str
+        path: str | None = None
 
     def __init__(self, base: BaseModel, settings: Any, seed: int = 0):
         super().__init__(base, settings, seed)
-        self.shared = SharedState.load(Path(settings.path), base)
+        self.shared = SharedState.load(Path(settings.path) if settings.path else shipped_adapter(), base)
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
         texts = [document_ids(self.base.tokenizer, document.text) for document in documents]
@@ -39,6 +40,11 @@ class AdaptedFull(Method):
 
     def identity(self) -> dict[str, Any]:
         return {"adapter": self.shared.digest}
+
+
+def shipped_adapter() -> Path:
+    """The adapter for the default base, trained beside the shipped generator."""
+    return Path(str(files("hyperlora") / "pretrained" / "adapted_full"))
 
 
 def fresh_adapter(

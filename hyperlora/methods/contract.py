@@ -39,12 +39,14 @@ class Method(ABC):
         Settings: the method's own settings.
         budgeted: needs a number of resident bytes for every document, taken from another method.
         seeded: other seeds give other memories.
+        compresses: is judged beside as much of the document's text as its memory would hold.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     budgeted: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
 
     def __init__(self, base: Base, settings: Any, seed: int = 0):
         self.base, self.settings, self.seed = base, settings, seed

@@ -30,6 +30,7 @@ class Distillation(Method):
 
     name = "distillation"
     seeded = True
+    compresses = True
 
     class Settings(MethodSettings):
         """Settings of the training.

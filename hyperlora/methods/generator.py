@@ -14,6 +14,7 @@ class Generated(Method):
     """The patch that hyperlora's generator makes of the document."""
 
     name = "generator"
+    compresses = True
 
     class Settings(MethodSettings):
         """`path`: a generator's directory or hub id; default the one that ships."""

@@ -1,12 +1,12 @@
 """Conversations about a document that the model holds with itself, to learn from (Eyuboglu et al. 2025, Cartridges).
 
-The model reads the document, is asked to ask something about it in one of five manners, and answers its own question
-with the document in sight. What it would have said at every position, as the log-probabilities of its likeliest tokens,
-is what a student without the document is trained on.
+The model reads the document, is asked to ask something about a sentence of it in one of five manners, and answers its
+own question with the document in sight. What it would have said at every position, as the log-probabilities of its
+likeliest tokens, is what a student without the document is trained on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -16,32 +16,32 @@ from hyperlora.base_model import BaseModel
 from hyperlora.memory import Memory
 from hyperlora.methods.contract import Document, stable_seed
 from hyperlora.methods.kv_cache import prefill
+from hyperlora.methods.summary import sentences
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 
-# What the model is asked to write, by manner.
-SEEDS: dict[str, tuple[str, ...]] = {
-    "structuring": (
-        "Write one request to put some of the information above into a list or a table. Name the part that is meant.",
-        "Write one instruction that asks for the names, dates and numbers above in an orderly form.",
-    ),
-    "summarisation": (
-        "Write one request to sum up a part of the text above. Name the part that is meant.",
-        "Write one instruction that asks for the main points of the text above.",
-    ),
+# By manner: what the model is asked to write about one sentence of the text, and the words that it goes on from. Small
+# models that are told neither the sentence nor the first words write about anything but the text's details.
+SEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "question": (
-        "Write one short question about a detail in the text above that the text answers.",
-        "Write one question about a name, a number, a place or a date in the text above.",
-        "Write one question that starts with Who, What, When, Where, Why or How and that the text above answers.",
-        "Write a hard question that only a reader of the text above can answer.",
+        "Write a short question that is answered by this sentence: {sentence}",
+        ("Who", "What", "When", "Where", "How many", "Which", "Why", "How"),
+    ),
+    "structuring": (
+        "Write a request to put what this sentence says in order: {sentence}",
+        ("List", "Name", "Give the names and numbers of"),
     ),
     "use case": (
-        "Think of someone who needs the text above for their work, and write the question that they would ask.",
-        "Write one practical question that the information above helps to settle.",
+        "Write the question of somebody who needs to know this: {sentence}",
+        ("Can you tell me", "I need to know", "What should I know about"),
+    ),
+    "summarisation": (
+        "Write a request to sum up what the text says about this: {sentence}",
+        ("What does the text say about", "Summarize"),
     ),
     "creative": (
-        "Write one playful request about the people or things in the text above, such as a riddle or a short story.",
-        "Write one request to explain something in the text above to a child.",
+        "Write a quiz question about this sentence: {sentence}",
+        ("True or false:", "Complete the sentence:", "Explain to a child"),
     ),
 }
 RECITE = "Repeat the text word for word."
@@ -69,30 +69,38 @@ def study(
     reply_tokens: int = 48,
     chunk_tokens: int = 512,
     top_k: int = 20,
-    temperature: float = 0.8,
+    temperature: float = 0.6,
 ) -> list[Conversation]:
-    """`conversations` about the document, the manners in turn, and one recitation of every chunk of it.
+    """`conversations` about the document and one recitation of every chunk of it.
 
-    A conversation is about one chunk of at most `chunk_tokens`, because small models ask better about short texts.
+    Every other conversation is a plain question, the rest take the other manners in turn; sentences come in turn, or
+    evenly spread where there are more sentences than conversations. The model sees one chunk of at most `chunk_tokens`.
     """
-    runtime = Runtime(base)
+    runtime = Runtime(base, batch_tokens=16384)
     ids = document_ids(base.tokenizer, document.text)
     count = -(-len(ids) // chunk_tokens)
     bounds = [len(ids) * i // count for i in range(count + 1)]
     texts = [base.tokenizer.decode(ids[a:b]) for a, b in pairwise(bounds)]
     memories = [Memory(kv=prefill(base, text)) for text in texts]
-    asked: list[tuple[str, str, int, int]] = []  # manner, instruction, chunk, seed of the sample
+    pieces = [(chunk, piece.strip()) for chunk, text in enumerate(texts) for piece in sentences(text)]
+    asked: list[tuple[str, str, int]] = []  # manner, first words of the question, chunk
+    instructions, seeds = [], []
+    plain, *others = SEEDS
     for number in range(conversations):
-        manner = list(SEEDS)[number % len(SEEDS)]
-        own = stable_seed(seed, document.id, number)
-        asked.append((manner, SEEDS[manner][own % len(SEEDS[manner])], number % count, own))
-    instructions = [runtime.question(chunk, text) for _, text, chunk, _ in asked]
-    questions = _texts(base, runtime.generate_ids(memories, instructions, 40, temperature, [own for *_, own in asked]))
-    prompts = [runtime.question(chunk, q) for q, (_, _, chunk, _) in zip(questions, asked, strict=True)]
-    replies = runtime.generate_ids(memories, prompts, reply_tokens)
-    end = base.prompt.end_ids(base.tokenizer)[:1]
+        manner = plain if number % 2 == 0 else others[number // 2 % len(others)]
+        instruction, starts = SEEDS[manner]
+        seeds.append(stable_seed(seed, document.id, number))
+        start = starts[seeds[-1] % len(starts)]
+        chunk, piece = pieces[int(number * max(1, len(pieces) / conversations)) % len(pieces)]
+        prompt = runtime.question(chunk, instruction.format(sentence=piece))
+        instructions.append(replace(prompt, ids=prompt.ids + document_ids(base.tokenizer, base.prompt.lead + start)))
+        asked.append((manner, start, chunk))
+    rests = _texts(base, runtime.generate_ids(memories, instructions, 24, temperature, seeds))
+    questions = [f"{start} {rest}".strip() for (_, start, _), rest in zip(asked, rests, strict=True)]
+    prompts = [runtime.question(chunk, q) for q, (*_, chunk) in zip(questions, asked, strict=True)]
+    replies = runtime.replies(memories, prompts, reply_tokens)
     held = [
-        (manner, question, Prompt(prompt.memory, prompt.ids, reply + (end if len(reply) < reply_tokens else [])))
+        (manner, question, Prompt(prompt.memory, prompt.ids, reply))
         for (manner, *_), question, prompt, reply in zip(asked, questions, prompts, replies, strict=True)
     ]
     for chunk, text in enumerate(texts):
@@ -112,6 +120,6 @@ def study(
 
 
 def _texts(base: BaseModel, replies: Sequence[list[int]]) -> list[str]:
-    """The first line of every reply."""
+    """Every reply up to its first question mark or line break."""
     lines = [base.tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0] for ids in replies]
-    return [line.strip() or "What does the text say?" for line in lines]
+    return [line.split("?")[0].strip() + "?" * ("?" in line) for line in lines]

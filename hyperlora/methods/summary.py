@@ -48,7 +48,7 @@ def sentences(text: str) -> list[str]:
     try:
         from sentencex import segment
     except ImportError as error:
-        raise InputError('the method summary needs an extra: pip install "hyperlora[eval]"') from error
+        raise InputError('splitting and ranking sentences needs an extra: pip install "hyperlora[eval]"') from error
     found, start = [], 0
     for sentence in segment("en", text):
         begin = text.find(sentence, start)
@@ -65,7 +65,7 @@ def ranking(pieces: list[str]) -> list[int]:
         import networkx
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
-        raise InputError('the method summary needs an extra: pip install "hyperlora[eval]"') from error
+        raise InputError('splitting and ranking sentences needs an extra: pip install "hyperlora[eval]"') from error
     try:
         weights = TfidfVectorizer(sublinear_tf=True).fit_transform(pieces)
     except ValueError:  # no word of two letters in the whole document

@@ -22,7 +22,7 @@ from hyperlora.report.style import (
     short,
 )
 from hyperlora.report.tags import tag_drawings
-from hyperlora.report.units import byte_size, finite, is_share, metric_label, ordered, seconds
+from hyperlora.report.units import byte_size, curve_points, finite, is_share, metric_label, ordered, seconds
 
 Row = dict[str, Any]
 
@@ -144,7 +144,9 @@ def _curves(task: str, metric: str, x: str, rows: Sequence[Row], results: dict[s
     highest = 0.0
     places: list[float] = []
     for row in rows:
-        points = [p for p in row["points"] if finite(p[0]) is not None and finite(p[1]) is not None]
+        points = [
+            p for p in curve_points(row, results["methods"]) if finite(p[0]) is not None and finite(p[1]) is not None
+        ]
         if not points:
             continue
         spans = [bars({"mean": mean, "low": low, "high": high}) for _, mean, low, high in points]

@@ -7,6 +7,8 @@ from hyperlora.report.blocks import Block, Figure, Flags, Heading, Paragraph, Ta
 from hyperlora.report.costs import cost_table
 from hyperlora.report.units import (
     MISSING,
+    amount,
+    curve_points,
     finite,
     interval,
     lower_is_better,
@@ -30,6 +32,9 @@ def report_blocks(results: dict[str, Any], figures: Sequence[Figure]) -> Iterato
     yield _header(results)
     for task in results["tasks"]:
         yield from _task(results, task, figures)
+    if elsewhere := [figure for figure in figures if figure.task not in results["tasks"]]:
+        yield Heading(2, "Training")
+        yield from elsewhere
     if results["methods"]:
         yield from _methods(results["methods"])
     if results["forgetting"]:
@@ -190,6 +195,6 @@ def _curves(results: dict[str, Any]) -> Iterator[Table]:
         table = []
         for row in results["curves"]:
             if (row["task"], row["metric"], row["x"]) == (task, metric, x):
-                for at, mean, low, high in row["points"]:
-                    table.append([row["label"], tag_value(at), interval({"mean": mean, "low": low, "high": high})])
+                for at, mean, low, high in curve_points(row, results["methods"]):
+                    table.append([row["label"], amount(at), interval({"mean": mean, "low": low, "high": high})])
         yield Table(["curve", x, metric_label(metric)], table, folded=f"{task}: {metric_label(metric)} over {x}")

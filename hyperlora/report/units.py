@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hyperlora.evaluation.metrics import LOWER_IS_BETTER
+from hyperlora.evaluation.metrics import lower_is_better
 
 MISSING = "–"
 # One that is not here is shown without a unit.
-_UNITS = {"f1": "0–1", "exact_match": "0–1", "contains": "0–1", "nll": "nats per token"}
+_UNITS = {"f1": "0–1", "exact_match": "0–1", "contains": "0–1", "rouge_l": "0–1", "bert_score": "cosine"}
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -77,10 +77,6 @@ def tag_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def lower_is_better(metric: str) -> bool:
-    return metric in LOWER_IS_BETTER
-
-
 def is_share(metric: str) -> bool:
     """Whether the metric runs from 0 to 1."""
     return _UNITS.get(metric) == "0–1"
@@ -88,7 +84,8 @@ def is_share(metric: str) -> bool:
 
 def metric_label(metric: str) -> str:
     """Name, unit and the direction that is better."""
-    unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
+    unit = _UNITS.get(metric, "nats per token" if lower_is_better(metric) else None)
+    unit = f" ({unit})" if unit else ""
     return f"{metric}{unit} {'↓' if lower_is_better(metric) else '↑'}"
 
 
@@ -96,6 +93,13 @@ def ordered(found: Iterable[str], known: Iterable[str]) -> list[str]:
     """`found` without repetitions, in the order of `known`; what is not there comes last."""
     ranks = {name: rank for rank, name in enumerate(known)}
     return sorted(dict.fromkeys(found), key=lambda name: ranks.get(name, len(ranks)))
+
+
+def curve_points(curve: Mapping[str, Any], methods: Mapping[str, Any]) -> list[list[Any]]:
+    """The [at, mean, low, high] of a curve; over seconds, `at` names the method whose compile time is meant."""
+    if curve["x"] != "seconds":
+        return list(curve["points"])
+    return [[methods[at]["timing"].get("compile_seconds"), *point] for at, *point in curve["points"]]
 
 
 def settings(found: Mapping[str, Any]) -> str:

@@ -1,0 +1,76 @@
+"""Scores of finished replies that need a model of their own: BERTScore, and how likely other models find them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hyperlora.base_model import BaseModel, load_base
+from hyperlora.compare.cache import Cache, digest
+from hyperlora.compare.experiment import Experiment
+from hyperlora.compare.units import CONDITIONS, Unit
+from hyperlora.data.items import Item
+from hyperlora.evaluation.bert_score import bert_score, load_encoder
+from hyperlora.memory import Memory
+from hyperlora.prompt import document_ids
+from hyperlora.runtime import Runtime
+
+Record = dict[str, Any]
+# From documents, and each document's replies, to a score for every reply.
+Scorer = Callable[[Sequence[Item], Sequence[Sequence[str]]], list[list[float]]]
+
+
+def add_reply_scores(
+    experiment: Experiment, base: BaseModel, keyed: Sequence[tuple[Unit, str]], cache: Cache
+) -> dict[str, list[Record]]:
+    """The cached records of every unit, by key, with the experiment's further scores; what is new is kept in `cache`.
+
+    A reader gives `reply_nll_LABEL`: nats per token of the reply, with the document and the question in its prompt.
+    """
+    found = {key: [dict(record) for record in cache[key]] for _, key in keyed}
+    makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {}
+    if "bert_score" in experiment.metrics:
+        makers["bert_score"] = (None, _bert)
+    for label, name in experiment.readers.items():
+        makers[f"reply_nll_{label}"] = (name, lambda name=name: _reader(base, name))  # type: ignore[misc]
+    for metric, (identity, make) in makers.items():
+        scorer: Scorer | None = None  # loaded when something is missing
+        for unit, key in keyed:
+            conditions = [c for c in CONDITIONS if any("replies" in record.get(c, {}) for record in found[key])]
+            for condition in conditions:
+                held = [(i, r) for i, r in zip(unit.items, found[key], strict=True) if condition in r]
+                own = digest("reply score", metric, identity, key, condition)
+                if own not in cache:
+                    scorer = scorer or make()
+                    cache.add(own, scorer([i for i, _ in held], [r[condition]["replies"] for _, r in held]))
+                for (_, record), scores in zip(held, cache[own], strict=True):
+                    record[condition] = record[condition] | {metric: scores}
+    return found
+
+
+def _bert() -> Scorer:
+    encoder = load_encoder()
+
+    def score(items: Sequence[Item], replies: Sequence[Sequence[str]]) -> list[list[float]]:
+        flat = [reply for group in replies for reply in group]
+        scores = iter(bert_score(flat, [list(q.accepted) for item in items for q in item.questions], encoder))
+        return [[next(scores).f1 for _ in group] for group in replies]
+
+    return score
+
+
+def _reader(base: BaseModel, name: str | None) -> Scorer:
+    reader = base if name is None else load_base(name, device=str(base.device), dtype=torch.float32)
+    runtime = Runtime(reader)
+
+    def score(items: Sequence[Item], replies: Sequence[Sequence[str]]) -> list[list[float]]:
+        memories = [Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items]
+        prompts = [
+            runtime.question(index, question.text, reply)
+            for index, (item, group) in enumerate(zip(items, replies, strict=True))
+            for question, reply in zip(item.questions, group, strict=True)
+        ]
+        losses = iter([-float(scores.mean()) for scores in runtime.log_likelihood(memories, prompts)])
+        return [[next(losses) for _ in group] for group in replies]
+
+    return score

@@ -1,0 +1,24 @@
+"""What the model itself answers with the document in the prompt: the replies that a good memory makes likely."""
+
+from collections.abc import Sequence
+
+from hyperlora.compare.cache import Cache, digest
+from hyperlora.data.items import Item
+from hyperlora.methods.contract import Document
+from hyperlora.methods.full import Full
+from hyperlora.runtime import Runtime
+
+
+def teacher_replies(items: Sequence[Item], max_new_tokens: int, runtime: Runtime, cache: Cache) -> list[list[int]]:
+    """Greedy replies as token ids, for all questions of the first item, then of the next; kept in `cache`."""
+    base = runtime.base
+    same = [vars(base.fingerprint), str(base.model.dtype), max_new_tokens]
+    keys = [digest("teacher", *same, item.text, [question.text for question in item.questions]) for item in items]
+    missing = [number for number, key in enumerate(keys) if key not in cache]
+    if missing:
+        memories = Full(base, Full.Settings()).compile([Document(items[n].id, items[n].text) for n in missing])
+        asked = [[runtime.question(i, q.text) for q in items[n].questions] for i, n in enumerate(missing)]
+        replies = iter(runtime.replies(memories, [prompt for group in asked for prompt in group], max_new_tokens))
+        for number, group in zip(missing, asked, strict=True):
+            cache.add(keys[number], [next(replies) for _ in group])
+    return [reply for key in keys for reply in cache[key]]
