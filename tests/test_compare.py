@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def experiment(base: BaseModel, tmp_path: Path) -> Path:
         for number in range(5)
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "unrelated.jsonl").write_text(json.dumps({"id": "u", "text": TEXT[::-1]}) + "\n")
     path = tmp_path / "experiment.yaml"
     path.write_text(f"""
 name: tiny
@@ -54,7 +56,7 @@ methods:
   head: {{method: truncation, match: patch}}
   cache: {{method: kv_cache, items: 3}}
   evicted: {{method: random_eviction, match: patch}}
-unrelated: null
+unrelated: {tmp_path / "unrelated.jsonl"}
 forgetting_documents: 3
 costs: {{documents: 1, tokens: 3}}
 """)
@@ -94,6 +96,11 @@ def test_a_comparison_holds_its_controls(experiment: Path, base: BaseModel, tmp_
     assert methods["full"]["effective_ratio"] == pytest.approx(1)
     assert methods["patch"]["shared_bytes"] > 0 and methods["full"]["compile_flops"] == 0
     assert {row["method"] for row in found["forgetting"]} == {"patch"}
+    forgotten = {row["measure"]: row["mean"] for row in found["forgetting"]}
+    ratio = [forgotten[f"perplexity on unrelated text, {state}"] for state in ("patched", "bare")]
+    assert forgotten["loss on unrelated text, patch on minus bare"] == pytest.approx(math.log(ratio[0] / ratio[1]))
+    assert ratio[0] != ratio[1]
+    assert "the control is missing" in next(f["reason"] for f in found["flags"] if f["method"] == "all methods")
     assert {gain["method"] for gain in found["gains"]} == {"patch", "head", "cache", "evicted"}
     # A cached document is the document: the same scores on the documents that both have.
     difference = next(
@@ -112,6 +119,16 @@ def test_controls_are_added_where_they_are_missing(experiment: Path) -> None:
     both = text.replace("evicted: {", "few: {method: distillation, items: 2}\n  evicted: {")
     experiment.write_text(both)
     assert read_experiment(experiment, "another/base").methods["few's bytes of text"].items == 2
+
+
+def test_a_slow_method_may_have_seeds_of_its_own(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    def seeds(label: str) -> set[int]:
+        comparison = Comparison(read_experiment(experiment), base, tmp_path / "out")
+        return {unit.seed for unit, _ in comparison.keyed() if unit.method == label}
+
+    assert seeds("evicted") == {0, 1} and seeds("patch") == {0}  # nothing about a patch is random
+    experiment.write_text(experiment.read_text().replace("random_eviction,", "random_eviction, seeds: [4],"))
+    assert seeds("evicted") == {4}
 
 
 def test_the_teacher_is_the_model_with_the_document(experiment: Path, base: BaseModel, tmp_path: Path) -> None:

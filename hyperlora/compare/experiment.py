@@ -23,6 +23,7 @@ class MethodSpec(BaseModel):
         method: name in the registry; `settings` are its own.
         match: label of the method whose resident bytes this one may take, for budgeted methods.
         items: it is run on the first so many documents of every task only; None for all.
+        seeds: instead of the experiment's, for a slow method that is random.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,10 +32,14 @@ class MethodSpec(BaseModel):
     settings: dict[str, Any] = {}
     match: str | None = None
     items: int | None = Field(None, gt=1)
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None
 
     @property
     def type(self) -> type[Method]:
         return METHODS[self.method]
+
+
+_ROW = ("match", "items", "seeds")  # what a row may say besides the method and its settings
 
 
 class CostSetting(BaseModel):
@@ -78,12 +83,18 @@ class Experiment(BaseModel):
     training: dict[str, str] = {}
     costs: CostSetting = Field(default_factory=lambda: CostSetting(documents=3, tokens=16))
 
+    def seeds_of(self, label: str) -> list[int]:
+        """The seeds that a method is run with: one where seeds change nothing."""
+        spec = self.methods[label]
+        seeds = spec.seeds or self.seeds
+        return seeds if spec.type.seeded else seeds[:1]
+
     def read_tasks(self) -> dict[str, Task]:
         return {label: read_task(spec, f"task {label}") for label, spec in self.tasks.items()}
 
 
 def read_experiment(path: Path, base: str | None = None) -> Experiment:
-    """Read and check an experiment. In a method, keys other than `method`, `match` and `items` are its settings.
+    """Read and check an experiment. In a method, keys other than those of `MethodSpec` are its settings.
 
     No method is judged without controls. Where they are missing, these are added: `full` and `none`; the truncated
     document at the bytes of every method that makes it smaller; and, for the default base, the adapted full context.
@@ -147,13 +158,13 @@ def _method(path: Path, label: str, spec: Any) -> dict[str, Any]:
     name = spec["method"]
     if name not in METHODS:
         raise InputError(f"{path}: method {label}: unknown method {name!r}; {nearest(str(name), METHODS)}")
-    own = {key: value for key, value in spec.items() if key not in ("method", "match", "items")}
+    own = {key: value for key, value in spec.items() if key not in ("method", *_ROW)}
     known = METHODS[name].Settings.model_fields
     try:
         settings = METHODS[name].Settings.model_validate(own)
     except ValidationError as error:
-        raise InputError(f"{path}: method {label}: {explain(error, [*known, 'match', 'items'])}") from error
-    shared = {key: spec[key] for key in ("match", "items") if key in spec}
+        raise InputError(f"{path}: method {label}: {explain(error, [*known, *_ROW])}") from error
+    shared = {key: spec[key] for key in _ROW if key in spec}
     return {"method": name, "settings": json.loads(settings.model_dump_json()), **shared}
 
 

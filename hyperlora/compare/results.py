@@ -5,6 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from math import exp
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ def collect(
             differences += _differences(task, method, methods)
             gains += _gains(task, method, methods, experiment.adapted)
             flags += _flags(task, method, methods)
+    if experiment.adapted is None:
+        reason = "the control is missing: no adapted full context; train/adapted_full.py trains one"
+        flags.append({"task": "all tasks", "method": "all methods", "metric": "adapted gain", "reason": reason})
     return {
         "name": experiment.name,
         "version": __version__,
@@ -213,10 +217,16 @@ def _forgetting(values: Values, records: Sequence[tuple[Unit, Record]]) -> list[
     in the prompt while the patch of another one is on."""
     rows: list[Record] = []
     rises: dict[str, list[float]] = defaultdict(list)
+    losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"bare": [], "patched": []})
     for unit, record in records:
         if "unrelated" in record:
+            for state, loss in record["unrelated"].items():
+                losses[unit.method][state].append(loss)
             rises[unit.method].append(record["unrelated"]["patched"] - record["unrelated"]["bare"])
     for method, rise in rises.items():
+        for state, texts in losses[method].items():
+            about = {"method": method, "measure": f"perplexity on unrelated text, {state}", "unit": "perplexity"}
+            rows.append({**about, **{key: exp(x) if key != "documents" else x for key, x in _interval(texts).items()}})
         measure = "loss on unrelated text, patch on minus bare"
         rows.append({"method": method, "measure": measure, "unit": "nats per token", **_interval(rise)})
     for task, methods in values.items():

@@ -71,7 +71,7 @@ class Comparison:
 
     def _matched(self, label: str) -> Method | None:
         match = self.experiment.methods[label].match
-        return self.method(match, self.experiment.seeds[0]) if match else None
+        return self.method(match, self.experiment.seeds_of(match)[0]) if match else None
 
     def keyed(self) -> Iterator[tuple[Unit, str]]:
         """All units of the experiment with their keys."""
@@ -117,7 +117,7 @@ class Comparison:
     def _costs(self, label: str) -> dict[str, Any]:
         setting, task = self.experiment.costs, next(iter(self.items))
         items = self.items[task][: setting.documents]
-        method, matched = self.method(label, self.experiment.seeds[0]), self._matched(label)
+        method, matched = self.method(label, self.experiment.seeds_of(label)[0]), self._matched(label)
         spec = self.experiment.methods[label]
         key = digest("costs", spec.model_dump(), method.identity(), setting.model_dump(), [item.text for item in items])
         if key not in self.cache:

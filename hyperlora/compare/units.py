@@ -40,7 +40,7 @@ def units(experiment: Experiment, items: dict[str, list[Item]]) -> Iterator[Unit
     """All units, in the order in which they are done; what is in a unit does not depend on what was done before."""
     for task, documents in items.items():
         for label, spec in experiment.methods.items():
-            for seed in experiment.seeds if spec.type.seeded else experiment.seeds[:1]:
+            for seed in experiment.seeds_of(label):
                 groups = _groups(documents[: spec.items], experiment.unit)
                 for number, group in enumerate(groups):
                     rest = experiment.forgetting_documents - number * experiment.unit

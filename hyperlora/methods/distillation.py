@@ -15,14 +15,16 @@ from torch import Tensor
 
 from hyperlora import __version__
 from hyperlora.files import sha256
-from hyperlora.inject import inject
 from hyperlora.memory import Memory
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.methods.contract import Document, Method, MethodSettings, stable_seed
 from hyperlora.methods.self_study import Conversation, study
-from hyperlora.objectives import Row, collate, label_logits, top_k_kl
+from hyperlora.objectives import top_k_kl
+from hyperlora.packing import pack
 from hyperlora.patch import Patch, Provenance
-from hyperlora.structure import is_transposed
+from hyperlora.prompt import encode
+from hyperlora.session import Session
+from hyperlora.structure import decoder_layers, is_transposed
 
 
 class Distillation(Method):
@@ -36,7 +38,7 @@ class Distillation(Method):
         """Settings of the training.
 
         Attributes:
-            rank, layers, modules: of the LoRA; None takes all layers and the MLP's output projection.
+            rank, layers, modules: of the LoRA; None takes the upper half of the layers and the MLP's output projection.
             conversations, reply_tokens: self-study of one document.
             steps, batch: most optimizer steps, and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
@@ -47,13 +49,13 @@ class Distillation(Method):
         rank: int = Field(16, gt=0)
         layers: list[int] | None = None
         modules: list[str] | None = None
-        conversations: int = Field(40, ge=8)
-        reply_tokens: int = Field(48, gt=1)
-        steps: int = Field(100, gt=0)
+        conversations: int = Field(32, ge=8)
+        reply_tokens: int = Field(32, gt=1)
+        steps: int = Field(96, gt=0)
         batch: int = Field(8, gt=0)
-        learning_rate: float = Field(2e-3, gt=0)
+        learning_rate: float = Field(5e-3, gt=0)
         warmup: int = Field(5, ge=0)
-        check: int = Field(20, gt=0)
+        check: int = Field(24, gt=0)
         patience: int = Field(3, gt=0)
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
@@ -67,9 +69,9 @@ class Distillation(Method):
         others = [c for c in held if c.manner != "recitation"]
         rng.shuffle(others)
         unseen, trained = others[: len(others) // 8], others[len(others) // 8 :] + recitations
-        factors = fresh_adapter(
-            base, settings.rank, settings.layers, stable_seed(self.seed, document.id), settings.modules
-        )
+        count = len(decoder_layers(base.model)[1])
+        layers = list(range(count // 2, count)) if settings.layers is None else settings.layers
+        factors = fresh_adapter(base, settings.rank, layers, stable_seed(self.seed, document.id), settings.modules)
         tensors = [tensor for pair in factors.values() for tensor in pair]
         optimizer = torch.optim.Adam(tensors, lr=settings.learning_rate)
         best, kept, worse = self._loss(factors, unseen), [tensor.detach().clone() for tensor in tensors], 0
@@ -99,13 +101,10 @@ class Distillation(Method):
     def _kl(self, factors: dict[str, tuple[Tensor, Tensor]], conversations: Sequence[Conversation]) -> Tensor:
         """Nats per token."""
         base = self.base
-        rows = []
-        for conversation in conversations:
-            prompt = base.prompt.prompt_ids(base.tokenizer, conversation.question)
-            rows.append(Row(0, prompt + conversation.reply, len(prompt)))
-        batch = collate(rows, base.device)
-        with inject(base.model, factors):
-            logits = label_logits(base.model, batch)
+        parts = [(base.prompt.question_ids(base.tokenizer, c.question), c.reply) for c in conversations]
+        packed = pack(encode(base.tokenizer, base.prompt.prefix), parts, base.device)
+        with Session(base, 1, factors=factors, cached=False) as session:
+            logits = packed.logits(session)
         ids = torch.cat([conversation.top_ids for conversation in conversations]).to(base.device)
         log_probs = torch.cat([conversation.top_log_probs for conversation in conversations]).to(base.device)
         return top_k_kl(logits, ids, log_probs) / len(ids)

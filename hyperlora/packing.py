@@ -1,0 +1,55 @@
+"""Several prompts with their replies in one sequence behind one shared prefix: no padding, and the prefix read once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperlora.session import Session
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One sequence for `Session.feed`: all tensors (1, tokens) but `visible` (1, tokens, tokens).
+
+    Every part sees the prefix and itself, at the positions that it has alone behind the prefix. `wanted` are the tokens
+    that predict a reply, part after part.
+    """
+
+    ids: Tensor
+    places: Tensor
+    positions: Tensor
+    wanted: Tensor
+    visible: Tensor
+
+    def logits(self, session: Session) -> Tensor:
+        """Logits (reply tokens, vocabulary) in a session of one row."""
+        return session.feed(self.ids, self.places, self.positions, self.wanted, visible=self.visible)
+
+
+def pack(prefix: list[int], parts: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Packed:
+    """Lay out `parts`, each the prompt after the prefix and the reply, as token ids.
+
+    Raises:
+        ValueError: nothing stands before a reply.
+    """
+    ids, positions, owner = list(prefix), list(range(len(prefix))), [-1] * len(prefix)
+    wanted = [False] * len(prefix)
+    for number, (prompt, reply) in enumerate(parts):
+        if not prompt:
+            raise ValueError("a prompt has no token after the prefix")
+        tokens = prompt + reply[:-1]  # nothing has to see the last token
+        ids += tokens
+        positions += range(len(prefix), len(prefix) + len(tokens))
+        owner += [number] * len(tokens)
+        wanted += [False] * (len(prompt) - 1) + [True] * len(reply)
+    owners = torch.tensor(owner, device=device)
+    visible = (owners[:, None] == owners[None, :]) | (owners[None, :] < 0)
+    return Packed(
+        ids=torch.tensor([ids], device=device),
+        places=torch.arange(len(ids), device=device)[None],
+        positions=torch.tensor([positions], device=device),
+        wanted=torch.tensor([wanted], device=device),
+        visible=visible[None],
+    )
