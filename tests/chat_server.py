@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,18 @@ class Server(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.closing = threading.Event()
         self.retry_after = ""
+
+
+def killing(server: Server, process: subprocess.Popen[bytes], request: int) -> Callable[[dict[str, Any]], str]:
+    """Answers fairly, and kills the process that asks with its request of that number."""
+
+    def answer(body: dict[str, Any]) -> str:
+        if len(server.bodies) == request:
+            process.kill()
+            process.wait()
+        return fair(body)
+
+    return answer
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,7 @@ import pytest
 
 from hyperlora.evaluation.replies import read_comparisons
 
-from .chat_server import Server, fair, replies_of
+from .chat_server import Server, fair, killing, replies_of
 from .conftest import Run, one_line
 from .replies import HEAD, LINES, line, write
 
@@ -124,14 +124,7 @@ def test_a_killed_run_goes_on(judge: Run, server: Server, folder: Path) -> None:
     process = subprocess.Popen(
         [*command, "--endpoint", server.url, "--model", "m"], cwd=Path(__file__).parents[1], env=dict(os.environ)
     )
-
-    def answer(body: dict[str, Any]) -> str:
-        if len(server.bodies) == 4:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        return fair(body)
-
-    server.answer = answer
+    server.answer = killing(server, process, 4)
     assert process.wait(300) == -signal.SIGKILL and files(folder) == {"judge-cache.jsonl"}
     server.bodies.clear()
     server.answer = fair

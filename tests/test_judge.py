@@ -4,7 +4,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,7 @@ from hyperlora.evaluation.comparison import Comparison, first_is_a
 from hyperlora.evaluation.endpoint import Endpoint
 from hyperlora.evaluation.judge import judge, parse_choice
 
-from .chat_server import Server, fair, replies_of
+from .chat_server import Server, fair, killing, replies_of
 
 SECRET = "sk-secret-0123456789"
 # The first method is right in all but every fourth.
@@ -97,14 +96,7 @@ def test_a_killed_run_continues(server: Server, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", script, server.url, str(cache)], cwd=Path(__file__).parents[1], env=dict(os.environ)
     )
-
-    def answer(body: dict[str, Any]) -> str:
-        if len(server.bodies) == 6:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        return fair(body)
-
-    server.answer = answer
+    server.answer = killing(server, process, 6)
     assert process.wait(300) == -signal.SIGKILL
     assert len(cache.read_bytes().splitlines()) == 5
     with cache.open("r+b") as file:  # and the last line was being written
