@@ -8,14 +8,16 @@ import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
+from hyperlora.inject import stack_patches
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document, Method
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.methods.self_study import SEEDS, study
 from hyperlora.methods.summary import ranking, sentences
+from hyperlora.methods.teaching import differences, teach
 from hyperlora.objectives import top_k_kl
 from hyperlora.prompt import document_ids
-from hyperlora.runtime import Runtime
+from hyperlora.runtime import Prompt, Runtime
 from hyperlora.shared_state import SharedState
 
 from .conftest import make_base, make_generator
@@ -32,7 +34,7 @@ def settings(base: BaseModel, tmp_path: Path) -> dict[str, dict[str, object]]:
     return {
         "generator": {"path": str(tmp_path / "generator")},
         "adapted_full": {"path": str(tmp_path / "adapted")},
-        "distillation": {"rank": 2, "conversations": 8, "reply_tokens": 6, "steps": 6, "check": 3, "batch": 4},
+        "distillation": {"rank": 2, "conversations": 16, "reply_tokens": 6, "steps": 6, "check": 3, "batch": 4},
     }
 
 
@@ -138,18 +140,37 @@ def test_random_eviction_keeps_the_prefix_and_frees_the_rest(base: BaseModel, do
     assert all(keys.shape[1] == BUDGET_TOKENS for keys in memory.kv.keys)
 
 
-def test_self_study_is_told_by_the_document_and_scores_its_own_replies(base: BaseModel, documents: list[str]) -> None:
-    held = study(base, Document("a", documents[0]), seed=0, conversations=10, reply_tokens=6, top_k=7)
+def test_self_study_is_told_by_the_document(base: BaseModel, documents: list[str]) -> None:
+    """The teacher's opinion equals a plain pass with the document in the prompt, whatever it was packed with."""
+    held = study(base, Document("a", documents[0]), seed=0, conversations=16, reply_tokens=6, chunk_tokens=20)
     manners = {conversation.manner for conversation in held}
     assert manners <= {*SEEDS, "recitation"} and "recitation" in manners and len(manners) >= 4
-    runtime, text = Runtime(base), Memory(text=tuple(document_ids(base.tokenizer, documents[0])))
-    for conversation in held:
-        assert conversation.top_ids.shape == conversation.top_log_probs.shape == (len(conversation.reply), 7)
+    contexts = {tuple(conversation.context) for conversation in held}
+    assert len(contexts) > 1
+    assert sum(c.manner == "recitation" for c in held) == len(contexts)
+    runtime = Runtime(base)
+    for conversation, lesson in zip(held, teach(base, held, [0, 2], top_k=7, batch=3), strict=True):
         prompt = runtime.question(0, conversation.question)
-        (taught,) = runtime.log_likelihood([text], [type(prompt)(0, prompt.ids, conversation.reply)])
+        assert (lesson.question, lesson.reply) == (prompt.ids, conversation.reply)
+        text = base.tokenizer.decode(conversation.context)
+        ids = base.prompt.prompt_ids(base.tokenizer, conversation.question, text) + conversation.reply[:-1]
+        with torch.no_grad():
+            plain = base.model(torch.tensor([ids]), output_hidden_states=True)
+        log_probs = plain.logits[0, -len(conversation.reply) :].float().log_softmax(-1)
+        expected = log_probs.gather(1, lesson.top_ids)
+        assert lesson.top_ids.shape == (len(conversation.reply), 7)
+        torch.testing.assert_close(lesson.top_log_probs, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(expected, log_probs.topk(7).values, rtol=1e-4, atol=1e-4)
+        tokens = len(lesson.question) + len(lesson.reply) - 1
+        states = torch.stack([plain.hidden_states[layer + 1][0, -tokens:] for layer in (0, 2)])
+        torch.testing.assert_close(lesson.hidden, states.float(), rtol=1e-4, atol=1e-4)
         if conversation.manner != "recitation":  # greedy replies: each token is the teacher's likeliest
-            assert conversation.top_ids[:, 0].tolist() == conversation.reply
-            torch.testing.assert_close(conversation.top_log_probs[:, 0], taught, rtol=1e-3, atol=1e-3)
+            assert lesson.top_ids[:, 0].tolist() == conversation.reply
+
+
+def test_an_empty_document_cannot_be_studied(base: BaseModel) -> None:
+    with pytest.raises(InputError, match="document a is empty"):
+        study(base, Document("a", " \n"), seed=0, conversations=16)
 
 
 def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> None:
@@ -160,19 +181,25 @@ def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> 
     held = [Document(str(number), text) for number, text in enumerate(documents[:2])]
     own, other = kind(base, settings).compile(held)
     fresh = [c for c in study(base, held[0], seed=7, conversations=15, reply_tokens=8) if c.manner != "recitation"]
+    lessons = teach(base, fresh, [1, 3])
     runtime = Runtime(base)
 
     def divergence(memory: Memory) -> float:
-        prompts = [runtime.question(0, c.question) for c in fresh]
-        prompts = [type(p)(0, p.ids, c.reply) for p, c in zip(prompts, fresh, strict=True)]
+        prompts = [Prompt(0, lesson.question, lesson.reply) for lesson in lessons]
         logits = runtime.scored([memory], prompts, lambda x, _: x)
-        pairs = zip(logits, fresh, strict=True)
+        pairs = zip(logits, lessons, strict=True)
         return sum(float(top_k_kl(x, c.top_ids, c.top_log_probs)) for x, c in pairs) / sum(map(len, logits))
+
+    def distance(memory: Memory) -> torch.Tensor:
+        factors = None if memory.patch is None else stack_patches([memory.patch], base.device)
+        with torch.no_grad():
+            return differences(base, lessons, [1, 3], factors)[1]
 
     teacher = Memory(text=tuple(document_ids(base.tokenizer, documents[0])))
     none, mine, swapped = divergence(Memory()), divergence(own), divergence(other)
     assert divergence(teacher) < 1e-4 < none
     assert mine < 0.8 * none and mine < 0.9 * swapped
+    assert distance(own)[1] < 0.95 * distance(Memory())[1] and distance(own)[1] < distance(other)[1]
 
 
 def test_top_k_divergence_equals_the_full_one_when_all_tokens_are_kept() -> None:

@@ -2,8 +2,8 @@
 
 Askell et al. 2021 (arXiv 2112.00861) and Snell et al. 2022 (arXiv 2209.15189), in the strong form of Cartridges
 (Eyuboglu et al. 2025, arXiv 2506.06266): the training questions come from the model itself (self_study.py), the loss is
-the KL divergence to the teacher's likeliest tokens at every position of its replies, and training stops when held-out
-conversations get worse.
+the KL divergence to the teacher's likeliest tokens at every position of its replies and the distance from its hidden
+states (teaching.py), and training stops when held-out conversations get worse.
 """
 
 import random
@@ -15,15 +15,13 @@ from torch import Tensor
 
 from hyperlora import __version__
 from hyperlora.files import sha256
+from hyperlora.inject import Factors
 from hyperlora.memory import Memory
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.methods.contract import Document, Method, MethodSettings, stable_seed
-from hyperlora.methods.self_study import Conversation, study
-from hyperlora.objectives import top_k_kl
-from hyperlora.packing import pack
+from hyperlora.methods.self_study import study
+from hyperlora.methods.teaching import Lesson, differences, teach
 from hyperlora.patch import Patch, Provenance
-from hyperlora.prompt import encode
-from hyperlora.session import Session
 from hyperlora.structure import decoder_layers, is_transposed
 
 
@@ -38,24 +36,28 @@ class Distillation(Method):
         """Settings of the training.
 
         Attributes:
-            rank, layers, modules: of the LoRA; None takes the upper half of the layers and the MLP's output projection.
+            rank, layers, modules: of the LoRA; None takes all layers and the MLP's output projection.
             conversations, reply_tokens: self-study of one document.
+            hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
+                layer's in units of the distance at the start; the KL divergence has weight 1.
             steps, batch: most optimizer steps, and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
-            check, patience: every `check` steps the held-out conversations (one in eight) are scored; training stops
+            check, patience: every `check` steps the held-out conversations (one in 16) are scored; training stops
                 after `patience` scores in a row that are not the best, and the best is kept.
         """
 
         rank: int = Field(16, gt=0)
         layers: list[int] | None = None
         modules: list[str] | None = None
-        conversations: int = Field(32, ge=8)
+        conversations: int = Field(64, ge=16)
         reply_tokens: int = Field(32, gt=1)
-        steps: int = Field(96, gt=0)
+        hidden_weight: float = Field(1.0, ge=0)
+        matched: int = Field(5, gt=0)
+        steps: int = Field(64, gt=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(5e-3, gt=0)
         warmup: int = Field(5, ge=0)
-        check: int = Field(24, gt=0)
+        check: int = Field(16, gt=0)
         patience: int = Field(3, gt=0)
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
@@ -63,19 +65,38 @@ class Distillation(Method):
 
     def _patch(self, document: Document) -> Patch:
         settings, base = self.settings, self.base
-        held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
-        rng = random.Random(f"{self.seed}/{document.id}")
-        recitations = [c for c in held if c.manner == "recitation"]
-        others = [c for c in held if c.manner != "recitation"]
-        rng.shuffle(others)
-        unseen, trained = others[: len(others) // 8], others[len(others) // 8 :] + recitations
         count = len(decoder_layers(base.model)[1])
-        layers = list(range(count // 2, count)) if settings.layers is None else settings.layers
+        layers = list(range(count)) if settings.layers is None else settings.layers
+        # The adapted layers whose output is matched, evenly spread, the last one included.
+        matched = sorted({layers[-1 - i * len(layers) // settings.matched] for i in range(settings.matched)})
+        held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
+        lessons = teach(base, held, matched, batch=settings.batch)
+        recitations = [x for x, c in zip(lessons, held, strict=True) if c.manner == "recitation"]
+        others = [x for x, c in zip(lessons, held, strict=True) if c.manner != "recitation"]
+        rng = random.Random(f"{self.seed}/{document.id}")
+        rng.shuffle(others)
+        unseen = others[: max(1, len(others) // 16)]
+        trained = others[len(unseen) :] + recitations
         factors = fresh_adapter(base, settings.rank, layers, stable_seed(self.seed, document.id), settings.modules)
+        kept = self._train(factors, trained, unseen, matched, rng)
+        final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}
+        return Patch(final, self._provenance(document, next(iter(final))))
+
+    def _train(
+        self,
+        factors: dict[str, tuple[Tensor, Tensor]],
+        trained: Sequence[Lesson],
+        unseen: Sequence[Lesson],
+        matched: Sequence[int],
+        rng: random.Random,
+    ) -> list[Tensor]:
+        """A and B of every site in turn, as they were when the unseen lessons were best."""
+        settings, base = self.settings, self.base
         tensors = [tensor for pair in factors.values() for tensor in pair]
         optimizer = torch.optim.Adam(tensors, lr=settings.learning_rate)
-        best, kept, worse = self._loss(factors, unseen), [tensor.detach().clone() for tensor in tensors], 0
-        queue: list[Conversation] = []
+        far = self._score(None, trained, matched)[1]
+        best, kept, worse = self._score(None, unseen, matched)[0], [tensor.detach().clone() for tensor in tensors], 0
+        queue: list[Lesson] = []
         for step in range(settings.steps):
             if len(queue) < settings.batch:
                 queue += rng.sample(trained, len(trained))
@@ -84,36 +105,28 @@ class Distillation(Method):
                 group["lr"] = settings.learning_rate * rate
             batch, queue = queue[: settings.batch], queue[settings.batch :]
             optimizer.zero_grad()
-            self._kl(factors, batch).backward()
+            kl, distance = differences(base, batch, matched, factors)
+            (kl + settings.hidden_weight * (distance / far).mean()).backward()
             torch.nn.utils.clip_grad_norm_(tensors, 1.0)
             optimizer.step()
             if (step + 1) % settings.check == 0 or step + 1 == settings.steps:
-                score = self._loss(factors, unseen)
+                score = self._score(factors, unseen, matched)[0]
                 worse = 0 if score < best else worse + 1
                 if score < best:
                     best, kept = score, [tensor.detach().clone() for tensor in tensors]
                 if worse == settings.patience:
                     break
-        pairs = zip(kept[::2], kept[1::2], strict=True)
-        final = {path: (a[0], b[0]) for path, (a, b) in zip(factors, pairs, strict=True)}
-        return Patch(final, self._provenance(document, next(iter(final))))
-
-    def _kl(self, factors: dict[str, tuple[Tensor, Tensor]], conversations: Sequence[Conversation]) -> Tensor:
-        """Nats per token."""
-        base = self.base
-        parts = [(base.prompt.question_ids(base.tokenizer, c.question), c.reply) for c in conversations]
-        packed = pack(encode(base.tokenizer, base.prompt.prefix), parts, base.device)
-        with Session(base, 1, factors=factors, cached=False) as session:
-            logits = packed.logits(session)
-        ids = torch.cat([conversation.top_ids for conversation in conversations]).to(base.device)
-        log_probs = torch.cat([conversation.top_log_probs for conversation in conversations]).to(base.device)
-        return top_k_kl(logits, ids, log_probs) / len(ids)
+        return kept
 
     @torch.no_grad()
-    def _loss(self, factors: dict[str, tuple[Tensor, Tensor]], conversations: Sequence[Conversation]) -> float:
+    def _score(self, factors: Factors | None, lessons: Sequence[Lesson], layers: Sequence[int]) -> tuple[float, Tensor]:
+        """`differences` over any number of lessons, the mean over batches weighted by their lessons."""
         size = self.settings.batch
-        parts = [conversations[i : i + size] for i in range(0, len(conversations), size)]
-        return sum(float(self._kl(factors, part)) * len(part) for part in parts) / len(conversations)
+        parts = [lessons[i : i + size] for i in range(0, len(lessons), size)]
+        found = [differences(self.base, part, layers, factors) for part in parts]
+        shares = [len(part) / len(lessons) for part in parts]
+        kl = sum(float(kl) * share for (kl, _), share in zip(found, shares, strict=True))
+        return kl, torch.stack([far * share for (_, far), share in zip(found, shares, strict=True)]).sum(0)
 
     def _provenance(self, document: Document, path: str) -> Provenance:
         tokens = len(self.base.tokenizer(document.text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,108 @@
+"""What a teacher that sees the document makes of a conversation, and how far a student without it is from that."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperlora.base_model import BaseModel
+from hyperlora.inject import Factors
+from hyperlora.methods.self_study import Conversation
+from hyperlora.objectives import top_k_kl
+from hyperlora.packing import pack
+from hyperlora.prompt import GAP, encode
+from hyperlora.session import Session
+from hyperlora.structure import decoder_layers
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One conversation without its document.
+
+    Attributes:
+        question, reply: token ids after the chat's prefix.
+        top_ids, top_log_probs: the teacher's likeliest tokens at every token of the reply, (reply tokens, k).
+        hidden: the teacher's hidden states behind some layers at the tokens of both, (layers, tokens, d_model).
+    """
+
+    question: list[int]
+    reply: list[int]
+    top_ids: Tensor
+    top_log_probs: Tensor
+    hidden: Tensor
+
+
+@torch.no_grad()
+def teach(
+    base: BaseModel, conversations: Sequence[Conversation], layers: Sequence[int], top_k: int = 20, batch: int = 8
+) -> list[Lesson]:
+    """Read every conversation with its document in the prompt, `batch` about the same text at a time."""
+    lessons: list[Lesson | None] = [None] * len(conversations)
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for number, conversation in enumerate(conversations):
+        by_context.setdefault(tuple(conversation.context), []).append(number)
+    prefix, gap = encode(base.tokenizer, base.prompt.prefix), encode(base.tokenizer, GAP)
+    for context, numbers in by_context.items():
+        for first in range(0, len(numbers), batch):
+            group = [conversations[number] for number in numbers[first : first + batch]]
+            parts = [(base.prompt.question_ids(base.tokenizer, c.question), c.reply) for c in group]
+            logits, hidden = read([*prefix, *context, *gap], parts, base, layers)
+            values, ids = logits.log_softmax(-1).topk(min(top_k, logits.shape[1]), dim=-1)
+            counts = [len(reply) for _, reply in parts]
+            lengths = [len(question) + len(reply) - 1 for question, reply in parts]
+            told = zip(parts, ids.split(counts), values.split(counts), hidden.split(lengths, dim=1), strict=True)
+            for number, ((question, reply), likely, log_probs, states) in zip(
+                numbers[first : first + batch], told, strict=True
+            ):
+                lessons[number] = Lesson(question, reply, likely, log_probs, states)
+    return [lesson for lesson in lessons if lesson is not None]
+
+
+def differences(
+    base: BaseModel, lessons: Sequence[Lesson], layers: Sequence[int], factors: Factors | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of a student without the documents: KL(teacher || student) in nats per reply token, a scalar; and the squared
+    distance of its hidden states from the teacher's, the mean over tokens, (layers,)."""
+    prefix = encode(base.tokenizer, base.prompt.prefix)
+    logits, hidden = read(prefix, [(lesson.question, lesson.reply) for lesson in lessons], base, layers, factors)
+    ids = torch.cat([lesson.top_ids for lesson in lessons])
+    log_probs = torch.cat([lesson.top_log_probs for lesson in lessons])
+    taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)
+    return top_k_kl(logits, ids, log_probs) / len(ids), (hidden - taught).square().sum(-1).mean(-1)
+
+
+def read(
+    prefix: list[int],
+    parts: Sequence[tuple[list[int], list[int]]],
+    base: BaseModel,
+    layers: Sequence[int],
+    factors: Factors | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (reply tokens, vocabulary) and hidden states (layers, tokens of all parts, d_model), both float32."""
+    packed = pack(prefix, parts, base.device)
+    with Session(base, 1, factors=factors, cached=False) as session, _outputs(base.model, layers) as found:
+        logits = packed.logits(session)
+    return logits, torch.stack([found[layer][0, len(prefix) :].float() for layer in layers])
+
+
+@contextmanager
+def _outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside the block, what the decoder layers put out at the last forward pass."""
+    found: dict[int, Tensor] = {}
+
+    def keeper(layer: int) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            found[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    blocks = decoder_layers(model)[1]
+    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
