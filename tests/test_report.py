@@ -69,9 +69,10 @@ def test_all_numbers_are_in_both(results: dict[str, Any], written: Path) -> None
         assert [value for value in sorted(expected) if value not in text] == []
 
 
-def test_flags_come_first(written: Path) -> None:
+def test_flags_come_first_and_one_line_serves_all_metrics(written: Path) -> None:
     for name in ("results.md", "report.html"):
         text = (written / name).read_text()
+        assert text.count("books, summary: nll, f1") == 1
         assert text.index("Flags (1)") < text.index("SmolLM2-135M") < text.index("Recovered gain")
 
 

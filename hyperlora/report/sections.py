@@ -48,7 +48,11 @@ def report_blocks(results: dict[str, Any], figures: Sequence[Figure]) -> Iterato
 
 
 def _flags(results: dict[str, Any]) -> Flags:
-    return Flags([(f"{r['task']}, {r['method']}, {r['metric']}", r["reason"]) for r in results["flags"]])
+    """One line for all metrics of a method that are flagged for the same reason."""
+    metrics: dict[tuple[str, str, str], list[str]] = {}
+    for row in results["flags"]:
+        metrics.setdefault((row["task"], row["method"], row["reason"]), []).append(row["metric"])
+    return Flags([(f"{task}, {method}: {', '.join(found)}", why) for (task, method, why), found in metrics.items()])
 
 
 def _header(results: dict[str, Any]) -> Table:
