@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperlora.data.items import Item
+from hyperlora.memory import Memory
 from hyperlora.methods import Document, Method
 from hyperlora.runtime import Runtime
 
@@ -20,33 +21,34 @@ _QUESTION = "What is this about?"
 def measure_costs(
     method: Method, matched: Method | None, items: Sequence[Item], tokens: int, runtime: Runtime
 ) -> dict[str, Any]:
-    """Medians over documents, after one warm-up document.
+    """Medians over documents. The FLOPs of each are counted before it is timed, which warms the machine up.
 
     Returns:
         compile_flops, query_flops (the first token of a reply), and `timing`: compile_seconds, first_token_seconds,
         token_milliseconds (of the later tokens), peak_mib (memory above the loaded model while compiling).
     """
     rows: list[dict[str, float]] = []
-    for number, item in enumerate([items[0], *items] if items else []):
+    for item in items:
         document = [Document(item.id, item.text)]
         budgets = [memory.resident_bytes(runtime.base) for memory in matched.compile(document)] if matched else None
-        row: dict[str, float] = {}
+        question = item.questions[0].text if item.questions else _QUESTION
+        prompts = [runtime.question(0, question)]
+        memories: list[Memory] = []
+        row = {
+            "compile_flops": flops(lambda d=document, b=budgets, m=memories: m.extend(method.compile(d, b))),  # type: ignore[misc]
+            "query_flops": flops(lambda m=memories, p=prompts: runtime.generate_ids(m, p, 1)),  # type: ignore[misc]
+        }
         with _peak(runtime) as peak:
             start = _now(runtime)
             memories = method.compile(document, budgets)
             row["compile_seconds"] = _now(runtime) - start
         row["peak_mib"] = peak() / 2**20
-        question = item.questions[0].text if item.questions else _QUESTION
-        prompts = [runtime.question(0, question)]
         for name, count in (("first_token_seconds", 1), ("all_seconds", tokens)):
             start = _now(runtime)
             runtime.generate_ids(memories, prompts, count, stop=False)
             row[name] = _now(runtime) - start
         row["token_milliseconds"] = 1000 * (row.pop("all_seconds") - row["first_token_seconds"]) / (tokens - 1)
-        if number:
-            row["compile_flops"] = flops(lambda d=document, b=budgets: method.compile(d, b))  # type: ignore[misc]
-            row["query_flops"] = flops(lambda m=memories, p=prompts: runtime.generate_ids(m, p, 1))  # type: ignore[misc]
-            rows.append(row)
+        rows.append(row)
     if not rows:
         return {"compile_flops": None, "query_flops": None, "timing": {}}
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
