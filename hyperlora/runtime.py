@@ -123,7 +123,8 @@ class Runtime:
         """
         found: dict[int, list[int]] = {}
         for order, batch in self._batches(memories, prompts, [max_new_tokens] * len(prompts)):
-            choose = _greedy if temperature == 0 else _sampler(temperature, [(seeds or order)[i] for i in order])
+            own = [index if seeds is None else seeds[index] for index in order]
+            choose = _greedy if temperature == 0 else _sampler(temperature, own)
             ends = self.base.stop_ids if stop else []
             found |= dict(zip(order, self._decode(memories, batch, max_new_tokens, choose, ends), strict=True))
             if progress:

@@ -52,6 +52,9 @@ class Session:
         self._block = ExitStack()
         self.places = torch.empty(rows, 0, dtype=torch.long, device=base.device)
         self.positions = torch.empty(rows, 0, dtype=torch.long, device=base.device)
+        # Where each sequence goes on, whatever is freed.
+        self.next_place = torch.zeros(rows, dtype=torch.long, device=base.device)
+        self.next_position = torch.zeros(rows, dtype=torch.long, device=base.device)
 
     def __enter__(self) -> Session:
         if self._factors:
@@ -76,6 +79,8 @@ class Session:
         device = self.base.device
         self.places = torch.full((self.rows, width), -1, dtype=torch.long, device=device)
         self.positions = torch.zeros(self.rows, width, dtype=torch.long, device=device)
+        self.next_place = torch.tensor([memory.next_place for memory in memories], device=device)
+        self.next_position = torch.tensor([memory.next_position for memory in memories], device=device)
         for row, memory in enumerate(memories):
             kept = memory.positions.numel()
             self.places[row, width - kept :] = memory.places.to(device)
@@ -99,8 +104,8 @@ class Session:
             values=[layer.values[row][:, held].clone() for layer in layers],
             places=self.places[row][held].clone(),
             positions=self.positions[row][held].clone(),
-            next_place=int(self.places[row].max()) + 1,
-            next_position=int(self.positions[row][held].max()) + 1,
+            next_place=int(self.next_place[row]),
+            next_position=int(self.next_position[row]),
         )
 
     def keep(self, kept: Tensor) -> None:
@@ -156,6 +161,8 @@ class Session:
         before = self.kv_rows
         self.places = torch.cat([self.places, places], dim=1)
         self.positions = torch.cat([self.positions, positions], dim=1)
+        self.next_place = torch.maximum(self.next_place, places.amax(1) + 1)
+        self.next_position = torch.maximum(self.next_position, torch.where(places >= 0, positions, -1).amax(1) + 1)
         seen = (self.places[:, None, :] <= places[:, :, None]) & (self.places[:, None, :] >= 0)
         if visible is not None:
             seen = seen & visible

@@ -47,6 +47,7 @@ def experiment(base: BaseModel, tmp_path: Path) -> Path:
     path = tmp_path / "experiment.yaml"
     path.write_text(f"""
 name: tiny
+base: tiny
 seeds: [0, 1]
 unit: 2
 tasks:
@@ -119,6 +120,36 @@ def test_controls_are_added_where_they_are_missing(experiment: Path) -> None:
     both = text.replace("evicted: {", "few: {method: distillation, items: 2}\n  evicted: {")
     experiment.write_text(both)
     assert read_experiment(experiment, "another/base").methods["few's bytes of text"].items == 2
+    experiment.write_text(text.replace("base: tiny\n", ""))  # the default base has an adapted full context
+    read = read_experiment(experiment)
+    assert read.adapted == "adapted full" and read.methods["adapted full"].method == "adapted_full"
+
+
+def test_a_control_keeps_its_name(experiment: Path) -> None:
+    experiment.write_text(experiment.read_text().replace("  head: {method: trunc", "  full: {method: trunc"))
+    with pytest.raises(InputError, match="method full: the name is the control's"):
+        read_experiment(experiment)
+
+
+def test_bytes_to_match_come_from_what_is_finished(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, compiled = METHODS["generator"], []
+    made = kind.compile
+
+    def counted(self: Any, documents: Any, budgets: Any = None) -> list[Memory]:
+        compiled.extend(document.id for document in documents)
+        return made(self, documents, budgets)
+
+    monkeypatch.setattr(kind, "compile", counted)
+    compared(experiment, base, tmp_path / "out")
+    assert sorted(compiled) == [f"doc-{number}" for number in range(5)]
+
+
+def test_the_cached_document_is_found_whatever_its_label_is(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    compared(experiment, base, tmp_path / "out").report("")
+    methods = results(tmp_path / "out")["methods"]
+    assert methods["patch"]["break_even"]["cached KV"] is not None
 
 
 def test_a_slow_method_may_have_seeds_of_its_own(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
@@ -339,8 +370,8 @@ def test_peak_memory_is_that_of_the_work(base: BaseModel) -> None:
         held = 0
 
         def compile(self, *_: Any) -> list[Memory]:
-            held = torch.ones(self.held * 2**18)  # MiB
-            return [Memory()] * int(held.numel() > -1)
+            held = [torch.ones(2**14) for _ in range(16 * self.held)]  # small pieces, which the allocator keeps
+            return [Memory()] * int(len(held) > -1)
 
     item = Item("a", "Text.", (Question("Who?", "I", ("I",)),))
     peaks = {}
@@ -348,7 +379,7 @@ def test_peak_memory_is_that_of_the_work(base: BaseModel) -> None:
         method = Hungry(base, None)
         method.held = size
         peaks[size] = measure_costs(method, None, [item], 2, Runtime(base))["timing"]["peak_mib"]
-    assert 35 < peaks[40] < 80 and peaks[0] < 10
+    assert 35 < peaks[40] < 80 and peaks[0] < 20
 
 
 def test_break_even() -> None:

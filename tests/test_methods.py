@@ -12,12 +12,14 @@ from hyperlora.inject import stack_patches
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document, Method
 from hyperlora.methods.adapted import fresh_adapter
+from hyperlora.methods.kv_cache import prefill
 from hyperlora.methods.self_study import SEEDS, study
 from hyperlora.methods.summary import ranking, sentences
 from hyperlora.methods.teaching import differences, teach
 from hyperlora.objectives import top_k_kl
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
+from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
 
 from .conftest import make_base, make_generator
@@ -125,6 +127,20 @@ def test_summary_ranks_by_centrality_and_not_by_place() -> None:
     assert "".join(pieces) == text and len(pieces) == 5
     assert set(ranking(pieces)[:3]) == {1, 2, 3}
     assert ranking(["?", "!"]) == [0, 1]
+
+
+def test_the_prompt_goes_on_behind_the_document_though_its_end_is_evicted(
+    base: BaseModel, documents: list[str]
+) -> None:
+    ids = document_ids(base.tokenizer, documents[0])
+    kept = torch.ones(len(ids), dtype=torch.bool)
+    kept[-5:] = False
+    end = len(Runtime(base)._prefix) + len(ids)
+    kv = prefill(base, documents[0], kept)
+    assert (kv.next_place, kv.next_position) == (end, end) and kv.positions.numel() == end - 5
+    with Session(base, 1) as session:  # and stays there when it is loaded and taken again
+        session.load([kv])
+        assert session.take(0).next_position == end
 
 
 def test_random_eviction_keeps_the_prefix_and_frees_the_rest(base: BaseModel, documents: list[str]) -> None:

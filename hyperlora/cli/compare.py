@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,13 @@ def compare(
         raise InputError("--shard is set by the launcher's rank here; leave it out")
     part = (int(os.environ["RANK"]) + 1, ranks) if ranks > 1 else options.read_shard(shard)
     read = read_experiment(experiment, base)
+    if ranks > 1:
+        _join()
     loaded = load_base(read.base, **loading.base_options(device, dtype, None, False))
     comparison = Comparison(read, loaded, output, part)
     comparison.run()
     if ranks > 1:
-        _wait_for_all()
+        _leave()
         if part[0] > 1:
             return
         comparison = Comparison(read, loaded, output)  # reads what the others did
@@ -50,10 +53,17 @@ def compare(
         print(path)
 
 
-def _wait_for_all() -> None:
+def _join() -> None:
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo")
+    # One rank may be done days before another.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+
+def _leave() -> None:
+    """Wait until all ranks are done."""
+    import torch.distributed
+
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

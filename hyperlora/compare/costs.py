@@ -1,5 +1,7 @@
 """What a memory costs: FLOPs counted by torch, and the clock, one document and one question at a time."""
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ _QUESTION = "What is this about?"
 
 
 def measure_costs(
-    method: Method, matched: Method | None, items: Sequence[Item], tokens: int, runtime: Runtime
+    method: Method, budgets: Sequence[int] | None, items: Sequence[Item], tokens: int, runtime: Runtime
 ) -> dict[str, Any]:
     """Medians over documents. The FLOPs of each are counted before it is timed, which warms the machine up.
 
@@ -28,19 +30,19 @@ def measure_costs(
         token_milliseconds (of the later tokens), peak_mib (memory above the loaded model while compiling).
     """
     rows: list[dict[str, float]] = []
-    for item in items:
+    for number, item in enumerate(items):
         document = [Document(item.id, item.text)]
-        budgets = [memory.resident_bytes(runtime.base) for memory in matched.compile(document)] if matched else None
+        budget = None if budgets is None else budgets[number : number + 1]
         question = item.questions[0].text if item.questions else _QUESTION
         prompts = [runtime.question(0, question)]
         memories: list[Memory] = []
         row = {
-            "compile_flops": flops(lambda d=document, b=budgets, m=memories: m.extend(method.compile(d, b))),  # type: ignore[misc]
+            "compile_flops": flops(lambda d=document, b=budget, m=memories: m.extend(method.compile(d, b))),  # type: ignore[misc]
             "query_flops": flops(lambda m=memories, p=prompts: runtime.generate_ids(m, p, 1)),  # type: ignore[misc]
         }
         with _peak(runtime) as peak:
             start = _now(runtime)
-            memories = method.compile(document, budgets)
+            memories = method.compile(document, budget)
             row["compile_seconds"] = _now(runtime) - start
         row["peak_mib"] = peak() / 2**20
         for name, count in (("first_token_seconds", 1), ("all_seconds", tokens)):
@@ -117,5 +119,8 @@ def _peak(runtime: Runtime) -> Iterator[Callable[[], float]]:
     except OSError:
         yield lambda: 0.0
         return
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed before must not make room for what is measured
     before = kib("VmRSS")
     yield lambda: 1024.0 * max(0, kib("VmHWM") - before)

@@ -43,7 +43,7 @@ _ROW = ("match", "items", "seeds")  # what a row may say besides the method and 
 
 
 class CostSetting(BaseModel):
-    """Costs are measured on the first `documents` of every task, one document at a time, with `tokens` generated."""
+    """Costs are measured on the first `documents` of the first task, one at a time, with `tokens` generated."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -109,6 +109,9 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict):
         raise InputError(f"{path} is not an experiment: it needs name, tasks and methods")
     specs = {"full": {"method": "full"}, "none": {"method": "none"}} | content["methods"]
+    for label in ("full", "none"):
+        if isinstance(specs[label], dict) and specs[label].get("method") != label:
+            raise InputError(f"{path}: method {label}: the name is the control's; give this row another label")
     content["methods"] = {label: _method(path, label, spec) for label, spec in specs.items()}
     content["base"] = base or content.get("base")
     _add_controls(content)
@@ -156,7 +159,7 @@ def _method(path: Path, label: str, spec: Any) -> dict[str, Any]:
     if not isinstance(spec, dict) or "method" not in spec:
         raise InputError(f"{path}: method {label}: expected keys and values, among them 'method'")
     name = spec["method"]
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"{path}: method {label}: unknown method {name!r}; {nearest(str(name), METHODS)}")
     own = {key: value for key, value in spec.items() if key not in ("method", *_ROW)}
     known = METHODS[name].Settings.model_fields

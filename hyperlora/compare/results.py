@@ -189,7 +189,8 @@ def _method(
     spec, own = experiment.methods[label], [record for unit, record in records if unit.method == label]
     per_token = 2 * base.kv_bytes_per_token // base.model.dtype.itemsize
     ratios = [r["tokens"] * per_token / r["resident_bytes"] for r in own if r["resident_bytes"]]
-    cost, full, cached = costs[label], costs["full"], costs.get("kv_cache")
+    cost, full = costs[label], costs["full"]
+    cached = next((costs[name] for name, row in experiment.methods.items() if row.method == "kv_cache"), None)
     even: dict[str, float | None] = {"re-prefilling": None, "cached KV": None}
     if cost["compile_flops"] is not None:
         compiled, query = cost["compile_flops"], cost["query_flops"]
@@ -216,15 +217,15 @@ def _forgetting(values: Values, records: Sequence[tuple[Unit, Record]]) -> list[
     """Loss on unrelated text with the patch on, above the bare model's; and how much worse the model reads a document
     in the prompt while the patch of another one is on."""
     rows: list[Record] = []
-    rises: dict[str, list[float]] = defaultdict(list)
-    losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"bare": [], "patched": []})
+    # By method, state and window (chosen by the document's id): the losses of all seeds.
+    losses: Any = defaultdict(lambda: {"bare": defaultdict(list), "patched": defaultdict(list)})
     for unit, record in records:
-        if "unrelated" in record:
-            for state, loss in record["unrelated"].items():
-                losses[unit.method][state].append(loss)
-            rises[unit.method].append(record["unrelated"]["patched"] - record["unrelated"]["bare"])
-    for method, rise in rises.items():
-        for state, texts in losses[method].items():
+        for state, loss in record.get("unrelated", {}).items():
+            losses[unit.method][state][record["document"]].append(loss)
+    for method, states in losses.items():
+        means = {state: [statistics.fmean(found) for found in windows.values()] for state, windows in states.items()}
+        rise = [patched - bare for patched, bare in zip(means["patched"], means["bare"], strict=True)]
+        for state, texts in means.items():
             about = {"method": method, "measure": f"perplexity on unrelated text, {state}", "unit": "perplexity"}
             rows.append({**about, **{key: exp(x) if key != "documents" else x for key, x in _interval(texts).items()}})
         measure = "loss on unrelated text, patch on minus bare"

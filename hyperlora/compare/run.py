@@ -1,7 +1,7 @@
 """`hyperlora compare`: do the units that are missing, measure costs, put the results together, write the report."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.replies import replies
 from hyperlora.compare.reply_scores import add_reply_scores
 from hyperlora.compare.results import collect
-from hyperlora.compare.units import Unit, run_unit, unit_key, units
+from hyperlora.compare.units import Unit, identity, run_unit, unit_key, units
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.evaluation.replies import REPLIES
 from hyperlora.files import write_text
-from hyperlora.methods import Method
+from hyperlora.methods import Document, Method
 from hyperlora.report import write_report
 from hyperlora.runtime import Runtime
 
@@ -45,6 +45,7 @@ class Comparison:
                 raise InputError(f"task {label} has {found} document(s); the swapped control needs at least two")
         self.runtime = Runtime(base)
         self._methods: dict[tuple[str, int], Method] = {}
+        self._bytes: dict[tuple[str, str, int], int] = {}  # by method, document and seed
         self._claim()
         self.cache = Cache(folder, "whole" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}")
 
@@ -52,12 +53,18 @@ class Comparison:
         """Make the folder this experiment's. Raises InputError when it is another's."""
         path = self.folder / _EXPERIMENT
         record = {"name": self.experiment.name, "base": self.base.name}
-        if path.exists():
-            found = json.loads(path.read_text())
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; choose another -o")
+        names = [entry.name for entry in self.folder.iterdir()] if self.folder.exists() else []
+        if _EXPERIMENT in names:
+            try:
+                found = json.loads(path.read_text())
+            except ValueError as error:
+                raise InputError(f"{path} cannot be read ({error}); choose another -o") from error
             if {key: found.get(key) for key in record} != record:
                 theirs = f"{found.get('name')!r} on {found.get('base')}"
                 raise InputError(f"{self.folder} holds the results of experiment {theirs}; choose another -o")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif any(not name.startswith(f".{_EXPERIMENT}-") for name in names):  # another shard may just be writing it
             raise InputError(f"{self.folder} is not empty and holds no comparison; choose another -o")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(record | {"experiment": self.experiment.model_dump(mode="json")}, indent=1) + "\n")
@@ -77,22 +84,42 @@ class Comparison:
         """All units of the experiment with their keys."""
         for unit in units(self.experiment, self.items):
             method, matched = self.method(unit.method, unit.seed), self._matched(unit.method)
-            yield unit, unit_key(unit, self.experiment, method, matched, self.base)
+            yield unit, unit_key(unit, self.tasks[unit.task], self.experiment, method, matched, self.base)
+
+    def _budgets(self, label: str, items: Sequence[Item]) -> list[int] | None:
+        """Resident bytes of the matched method, known from finished units or from its memories made again."""
+        matched, match = self._matched(label), self.experiment.methods[label].match
+        if matched is None or match is None:
+            return None
+        known = [self._bytes.get((match, item.text, matched.seed)) for item in items]
+        if all(size is not None for size in known):
+            return [size for size in known if size is not None]
+        memories = matched.compile([Document(item.id, item.text) for item in items])
+        return [memory.resident_bytes(self.base) for memory in memories]
+
+    def _learn_bytes(self, unit: Unit, records: Sequence[dict[str, Any]]) -> None:
+        seed = self.method(unit.method, unit.seed).seed
+        for item, record in zip(unit.items, records, strict=True):
+            self._bytes[unit.method, item.text, seed] = record["resident_bytes"]
 
     def run(self) -> None:
         """Do this shard's units; those in the cache are not done again."""
         index, count = self.shard
         todo = [pair for number, pair in enumerate(self.keyed()) if number % count == index - 1]
         done = [pair for pair in todo if pair[1] in self.cache]
+        for unit, key in done:
+            self._learn_bytes(unit, self.cache[key])
         with tqdm(total=sum(len(unit.items) for unit, _ in todo), unit="document", desc=self.experiment.name) as bar:
             bar.update(sum(len(unit.items) for unit, _ in done))
             for unit, key in todo:
                 if key in self.cache:
                     continue
                 bar.set_postfix_str(f"{unit.task}, {unit.method}")
-                method, matched = self.method(unit.method, unit.seed), self._matched(unit.method)
-                task = self.tasks[unit.task]
-                self.cache.add(key, run_unit(unit, task, self.experiment, method, matched, self.runtime, self.cache))
+                method, task = self.method(unit.method, unit.seed), self.tasks[unit.task]
+                budgets = self._budgets(unit.method, unit.items)
+                records = run_unit(unit, task, self.experiment, method, budgets, self.runtime, self.cache)
+                self.cache.add(key, records)
+                self._learn_bytes(unit, records)
                 bar.update(len(unit.items))
 
     def report(self, command: str) -> list[Path]:
@@ -105,6 +132,8 @@ class Comparison:
         missing = sum(key not in self.cache for _, key in pairs)
         if missing:
             raise InputError(f"{missing} of {len(pairs)} units are not done; run again without --shard")
+        for unit, key in pairs:
+            self._learn_bytes(unit, self.cache[key])
         records = add_reply_scores(self.experiment, self.base, pairs, self.cache)
         finished = [(unit, records[key]) for unit, key in pairs]
         costs = {label: self._costs(label) for label in self.experiment.methods}
@@ -117,9 +146,11 @@ class Comparison:
     def _costs(self, label: str) -> dict[str, Any]:
         setting, task = self.experiment.costs, next(iter(self.items))
         items = self.items[task][: setting.documents]
-        method, matched = self.method(label, self.experiment.seeds_of(label)[0]), self._matched(label)
-        spec = self.experiment.methods[label]
-        key = digest("costs", spec.model_dump(), method.identity(), setting.model_dump(), [item.text for item in items])
+        method, budgets = self.method(label, self.experiment.seeds_of(label)[0]), self._budgets(label, items)
+        about = [vars(self.base.fingerprint), str(self.base.model.dtype), self.base.device.type]
+        own = [*identity(self.experiment.methods[label], method), budgets, setting.model_dump()]
+        read = [[item.text, [question.text for question in item.questions[:1]]] for item in items]
+        key = digest("costs", about, own, read)
         if key not in self.cache:
-            self.cache.add(key, measure_costs(method, matched, items, setting.tokens, self.runtime))
+            self.cache.add(key, measure_costs(method, budgets, items, setting.tokens, self.runtime))
         return self.cache[key]

@@ -19,7 +19,7 @@ from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.tasks import Task
 
-_FORMAT = 2  # raised when the meaning of a cached record changes
+_FORMAT = 3  # raised when the meaning of a cached record changes
 _UNRELATED_TOKENS = 256
 CONDITIONS = ("own", "swapped", "beside")
 
@@ -54,24 +54,27 @@ def _groups(items: Sequence[Item], size: int) -> list[list[Item]]:
     return groups
 
 
-def unit_key(unit: Unit, experiment: Experiment, method: Method, matched: Method | None, base: BaseModel) -> str:
+def unit_key(
+    unit: Unit, task: Task, experiment: Experiment, method: Method, matched: Method | None, base: BaseModel
+) -> str:
     """Hash of everything that determines the unit's record."""
     spec = experiment.methods[unit.method]
     return digest(
         _FORMAT,
         vars(base.fingerprint),
         str(base.model.dtype),
-        _identity(spec, method),
-        _identity(experiment.methods[spec.match], matched) if spec.match and matched else None,
-        experiment.tasks[unit.task],
+        identity(spec, method),
+        [*identity(experiment.methods[spec.match], matched), matched.seed] if spec.match and matched else None,
+        [task.kind, task.max_new_tokens],
         unit.seed if spec.type.seeded else None,
         [unit.forgetting, experiment.unrelated],
         [[item.id, item.text, item.following, [vars(question) for question in item.questions]] for item in unit.items],
     )
 
 
-def _identity(spec: MethodSpec, method: Method) -> list[Any]:
-    return [spec.method, spec.settings, method.identity()]
+def identity(spec: MethodSpec, method: Method) -> list[Any]:
+    """What determines the memories that a method makes, besides base and seed."""
+    return [spec.method, method.revision, spec.settings, method.identity()]
 
 
 def run_unit(
@@ -79,11 +82,13 @@ def run_unit(
     task: Task,
     experiment: Experiment,
     method: Method,
-    matched: Method | None,
+    budgets: Sequence[int] | None,
     runtime: Runtime,
     cache: Cache,
 ) -> list[dict[str, Any]]:
     """One record for each document: bytes, and under every condition the replies or the log-likelihoods.
+
+    `budgets`: resident bytes that the memories may take, for methods with a budget.
 
     Conditions: `own` memory; `swapped`, that of the next document in the unit; `beside` (patches only), the document in
     the prompt while the patch of another one is on. `unrelated`: nats per token on text that has nothing to do with the
@@ -91,9 +96,6 @@ def run_unit(
     """
     base = runtime.base
     documents = [Document(item.id, item.text) for item in unit.items]
-    budgets = None
-    if matched is not None:
-        budgets = [memory.resident_bytes(base) for memory in matched.compile(documents)]
     memories = method.compile(documents, budgets)
     count = len(documents)
     records: list[dict[str, Any]] = [

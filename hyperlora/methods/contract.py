@@ -39,6 +39,7 @@ class Method(ABC):
         Settings: the method's own settings.
         budgeted: needs a number of resident bytes for every document, taken from another method.
         seeded: other seeds give other memories.
+        revision: raised when a change of the code changes the memories, so that cached results are not used again.
         compresses: is judged beside as much of the document's text as its memory would hold.
     """
 
@@ -47,6 +48,7 @@ class Method(ABC):
     budgeted: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
+    revision: ClassVar[int] = 1
 
     def __init__(self, base: Base, settings: Any, seed: int = 0):
         self.base, self.settings, self.seed = base, settings, seed

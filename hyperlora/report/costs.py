@@ -16,7 +16,7 @@ _COLUMNS = [
     "compile time",
     "first token time",
     "time per further token",
-    "peak memory",
+    "peak memory, compiling",
 ]
 
 
