@@ -16,6 +16,7 @@ from hyperlora.compare.experiment import read_experiment
 from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.run import Comparison
 from hyperlora.compare.teacher import teacher_replies
+from hyperlora.compare.units import units
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
@@ -123,6 +124,17 @@ def test_controls_are_added_where_they_are_missing(experiment: Path) -> None:
     experiment.write_text(text.replace("base: tiny\n", ""))  # the default base has an adapted full context
     read = read_experiment(experiment)
     assert read.adapted == "adapted full" and read.methods["adapted full"].method == "adapted_full"
+
+
+def test_a_slow_method_has_units_of_its_own(experiment: Path) -> None:
+    experiment.write_text(experiment.read_text().replace("{method: kv_cache, items: 3}", "{method: kv_cache, unit: 4}"))
+    read = read_experiment(experiment)
+    items = [Item(str(number), "Text.", ()) for number in range(8)]
+    found = [unit for unit in units(read, {"notes": items}) if unit.seed == 0]
+    sizes = {label: [len(unit.items) for unit in found if unit.method == label] for label in ("cache", "head")}
+    assert sizes == {"cache": [4, 4], "head": [2, 2, 2, 2]}
+    forgetting = [unit.forgetting for unit in found if unit.method == "cache"]
+    assert forgetting == [3, 0]
 
 
 def test_a_control_keeps_its_name(experiment: Path) -> None:
@@ -252,8 +264,8 @@ def test_a_killed_comparison_goes_on_to_the_same_results(
         add(self, key, value)
 
     monkeypatch.setattr(Cache, "add", dying)
-    for units in (0, 1, 5, 3):
-        left[0] = units
+    for done in (0, 1, 5, 3):
+        left[0] = done
         with pytest.raises(KeyboardInterrupt):
             compared(experiment, base, tmp_path / "killed")
     monkeypatch.setattr(Cache, "add", add)

@@ -24,6 +24,7 @@ class MethodSpec(BaseModel):
         match: label of the method whose resident bytes this one may take, for budgeted methods.
         items: it is run on the first so many documents of every task only; None for all.
         seeds: instead of the experiment's, for a slow method that is random.
+        unit: instead of the experiment's, so that a slow method loses less when it is stopped.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -33,13 +34,14 @@ class MethodSpec(BaseModel):
     match: str | None = None
     items: int | None = Field(None, gt=1)
     seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    unit: int | None = Field(None, gt=1)
 
     @property
     def type(self) -> type[Method]:
         return METHODS[self.method]
 
 
-_ROW = ("match", "items", "seeds")  # what a row may say besides the method and its settings
+_ROW = ("match", "items", "seeds", "unit")  # what a row may say besides the method and its settings
 
 
 class CostSetting(BaseModel):

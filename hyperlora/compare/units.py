@@ -40,10 +40,11 @@ def units(experiment: Experiment, items: dict[str, list[Item]]) -> Iterator[Unit
     """All units, in the order in which they are done; what is in a unit does not depend on what was done before."""
     for task, documents in items.items():
         for label, spec in experiment.methods.items():
+            size = spec.unit or experiment.unit
             for seed in experiment.seeds_of(label):
-                groups = _groups(documents[: spec.items], experiment.unit)
+                groups = _groups(documents[: spec.items], size)
                 for number, group in enumerate(groups):
-                    rest = experiment.forgetting_documents - number * experiment.unit
+                    rest = experiment.forgetting_documents - number * size
                     yield Unit(task, label, seed, number, tuple(group), max(0, min(rest, len(group))))
 
 
