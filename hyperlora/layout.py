@@ -2,12 +2,12 @@
 
 A layout says of every token its id, its absolute position, whom it sees, what it predicts, whether the shared adapter
 acts there and whether its K/V survive the sequence. `run_masked` computes it in one forward pass, for training and
-perplexity. `run_incremental` computes it piece by piece and frees K/V as soon as no later token sees them, as when
-decoding. Both give the same logits. Gist tokens, compressed context memory, sentinel tokens, local and scattered
-attention are all layouts.
+perplexity. `run_incremental` computes it piece by piece and frees K/V as soon as no later token sees them; a `Stream`
+does so while the sequence grows, as when decoding. All give the same logits. Gist tokens, compressed context memory,
+sentinel tokens, local and scattered attention are all layouts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,11 @@ from torch import Tensor
 from hyperlora.session import Session
 
 FOREVER = 2**40
+
+# Lays out token ids, of which those in the range are the context. The last id may stand for a token that is not known
+# yet, and what comes before it must not depend on it: then a longer sequence has the layout of a shorter one as its
+# start, and the last token's predictor is what decodes. Every token behind the context must be predicted.
+Rule = Callable[[Sequence[int], range], "Layout"]
 
 
 @dataclass(frozen=True)
@@ -115,23 +120,59 @@ def run_masked(session: Session, layouts: Sequence[Layout], side: Literal["left"
     return list(logits.split(wanted.sum(1).tolist()))
 
 
-def run_incremental(session: Session, layouts: Sequence[Layout]) -> list[Tensor]:
-    """The same logits, computed piece by piece: a piece ends where the K/V of some token are freed."""
-    device = session.base.device
-    freed = [layout.freed_after for layout in layouts]
-    longest = max(len(layout.ids) for layout in layouts)
-    ends = sorted({int(place) + 1 for last in freed for place in last if int(place) + 1 < longest} | {longest})
-    parts: list[list[Tensor]] = [[] for _ in layouts]
-    start = 0
-    for end in ends:
-        pieces = [range(start, min(end, len(layout.ids))) for layout in layouts]
-        width = max(map(len, pieces))
+class Stream:
+    """Layouts that are run piece by piece and may grow: a piece ends where the K/V of some token can be freed.
+
+    Args:
+        session: fresh.
+        least: tokens in a piece at least, where freeing at once would make pieces of single tokens.
+    """
+
+    def __init__(self, session: Session, rows: int, least: int = 1):
+        self.session, self.least = session, least
+        self._read: list[list[int]] = [[] for _ in range(rows)]
+
+    def advance(self, layouts: Sequence[Layout], ends: Sequence[int]) -> list[Tensor]:
+        """Read every layout up to its place `ends`; logits (scored tokens, vocabulary) of what is read now.
+
+        Raises:
+            ValueError: a layout has other tokens where it was read before.
+        """
+        for layout, read in zip(layouts, self._read, strict=True):
+            if layout.ids[: len(read)].tolist() != read:
+                raise ValueError("a layout changed what was read already: it must not depend on later tokens")
+        freed = [layout.freed_after for layout in layouts]
+        parts: list[list[Tensor]] = [[] for _ in layouts]
+        while any(len(read) < end for read, end in zip(self._read, ends, strict=True)):
+            pieces = [
+                range(len(read), self._stop(last, len(read), end))
+                for read, last, end in zip(self._read, freed, ends, strict=True)
+            ]
+            logits = self._feed(layouts, pieces)
+            for part, piece_logits in zip(parts, logits, strict=True):
+                part.append(piece_logits)
+            for read, layout, piece in zip(self._read, layouts, pieces, strict=True):
+                read += layout.ids[piece.start : piece.stop].tolist()
+            held = self.session.places.cpu()
+            kept = [
+                last[row.clamp(min=0)] >= len(read) for last, row, read in zip(freed, held, self._read, strict=True)
+            ]
+            self.session.keep(torch.stack(kept).to(held.device))
+        return [torch.cat(part) if part else torch.empty(0) for part in parts]
+
+    def _stop(self, freed: Tensor, start: int, end: int) -> int:
+        """Where the piece ends: behind the first token, `least` tokens on, that is the last to see another."""
+        stops = freed[(freed + 1 >= start + self.least) & (freed + 1 < end)] + 1
+        return int(stops.min()) if len(stops) else end
+
+    def _feed(self, layouts: Sequence[Layout], pieces: Sequence[range]) -> list[Tensor]:
+        session, device, width = self.session, self.session.base.device, max(map(len, pieces))
         shape = (len(layouts), width)
         ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         places, gate = torch.full(shape, -1, dtype=torch.long), torch.zeros(shape)
         wanted = torch.zeros(shape, dtype=torch.bool)
-        visible = torch.zeros(*shape, session.kv_rows + width, dtype=torch.bool)
         held = session.places.cpu()
+        visible = torch.zeros(*shape, session.kv_rows + width, dtype=torch.bool)
         for row, (layout, piece) in enumerate(zip(layouts, pieces, strict=True)):
             here, count = torch.tensor(piece, dtype=torch.long), len(piece)
             ids[row, :count], positions[row, :count] = layout.ids[here], layout.positions[here]
@@ -148,10 +189,9 @@ def run_incremental(session: Session, layouts: Sequence[Layout]) -> list[Tensor]
             visible=visible.to(device),
             gate=gate.to(device),
         )
-        for part, piece_logits in zip(parts, logits.split(wanted.sum(1).tolist()), strict=True):
-            part.append(piece_logits)
-        held = session.places.cpu()
-        kept = torch.stack([last[row.clamp(min=0)] >= end for last, row in zip(freed, held, strict=True)])
-        session.keep(kept.to(device))
-        start = end
-    return [torch.cat(part) for part in parts]
+        return list(logits.split(wanted.sum(1).tolist()))
+
+
+def run_incremental(session: Session, layouts: Sequence[Layout]) -> list[Tensor]:
+    """The same logits as `run_masked`, computed piece by piece; what is not kept is freed in the end."""
+    return Stream(session, len(layouts)).advance(layouts, [len(layout.ids) for layout in layouts])

@@ -19,6 +19,9 @@ class KV:
         keys, values: per layer (kv_heads, kept, head_dim), as computed at `positions`.
         places, positions: (kept,) place in the sequence and absolute position of every kept token.
         next_place, next_position: where the prompt goes on, as if nothing had been dropped.
+        prefix: how many of the first rows are the prompt's prefix, which all documents have.
+        following: logits (vocabulary,) of the token after the context, so that text can follow at once; None where a
+            method does not give them.
     """
 
     keys: list[Tensor] = field(repr=False)
@@ -27,10 +30,25 @@ class KV:
     positions: Tensor = field(repr=False)
     next_place: int
     next_position: int
+    prefix: int = 0
+    following: Tensor | None = field(default=None, repr=False)
 
     @property
     def elements(self) -> int:
-        return sum(tensor.numel() for tensor in (*self.keys, *self.values))
+        """Numbers held for this document: not those of the prefix."""
+        return sum(tensor[:, self.prefix :].numel() for tensor in (*self.keys, *self.values))
+
+    def select(self, kept: Tensor) -> KV:
+        """The same without the rows for which `kept` (rows,) is False; those of the prefix stay."""
+        kept = kept.clone()
+        kept[: self.prefix] = True
+        return replace(
+            self,
+            keys=[keys[:, kept] for keys in self.keys],
+            values=[values[:, kept] for values in self.values],
+            places=self.places[kept],
+            positions=self.positions[kept],
+        )
 
 
 @dataclass(frozen=True)
@@ -56,12 +74,17 @@ class Memory:
         return replace(self, text=tuple(ids), soft=None, kv=None)
 
     def resident_bytes(self, base: BaseModel, itemsize: int = 2) -> int:
-        """Bytes held while a question is answered, at `itemsize` bytes a number: a slot token costs its K/V."""
-        slot = len(self.text) + (0 if self.soft is None else len(self.soft))
+        """Bytes held while a question is answered, at `itemsize` bytes a number: a slot token costs its K/V, if
+        they survive the slot."""
+        soft = 0 if self.soft is None else len(self.soft)
+        if self.shared is not None and self.shared.rule is not None:
+            text = int(self.shared.rule(self.text, range(len(self.text))).kept.sum())
+        else:
+            text = len(self.text)
         per_token = base.kv_bytes_per_token // base.model.dtype.itemsize
         kv = 0 if self.kv is None else self.kv.elements
         patch = 0 if self.patch is None else self.patch.elements
-        return itemsize * (slot * per_token + kv + patch)
+        return itemsize * ((text + soft) * per_token + kv + patch)
 
     def stored_bytes(self, base: BaseModel, itemsize: int = 2) -> int:
         """Bytes to be kept on disk for the document: text as UTF-8, numbers at `itemsize` bytes."""

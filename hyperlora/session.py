@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from hyperlora.memory import KV
 
 
+_MASKED = ("sdpa", "eager")
+
+
 class Session:
     """What the base model remembers of a batch of sequences; used as a context manager, because patches and the shared
     adapter are on inside the block.
@@ -44,6 +47,8 @@ class Session:
         shared: SharedState | None = None,
         cached: bool = True,
     ):
+        if base.attention not in _MASKED:  # flash-attention takes no masks of our own
+            base.model.set_attn_implementation("sdpa")
         self.base, self.shared, self.rows = base, shared, rows
         self._factors, self._patch_rows = factors, patch_rows
         self._windows = attention_windows(base)
@@ -93,8 +98,8 @@ class Session:
                 stacked.append(torch.stack(padded))  # (rows, kv_heads, width, head_dim)
             self._cache.update(*stacked, layer)
 
-    def take(self, row: int) -> KV:
-        """The keys and values of one sequence, as they can be stored."""
+    def take(self, row: int, prefix: int = 0, following: Tensor | None = None) -> KV:
+        """The keys and values of one sequence, as they can be stored; see `KV` for the arguments."""
         from hyperlora.memory import KV
 
         held = self.places[row] >= 0
@@ -106,6 +111,8 @@ class Session:
             positions=self.positions[row][held].clone(),
             next_place=int(self.next_place[row]),
             next_position=int(self.next_position[row]),
+            prefix=prefix,
+            following=following,
         )
 
     def keep(self, kept: Tensor) -> None:

@@ -1,8 +1,11 @@
 """What a method trained once and uses for every document: an adapter, new token rows, and where the adapter acts."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,9 @@ from hyperlora.errors import InputError
 from hyperlora.files import new_directory, sha256
 from hyperlora.inject import Factors
 from hyperlora.patch import Provenance, check_base
+
+if TYPE_CHECKING:
+    from hyperlora.layout import Rule
 
 _WEIGHTS, _CONFIG = "shared.safetensors", "shared.json"
 
@@ -28,6 +34,7 @@ class SharedState:
         token_rows: input embeddings (new tokens, d_model) of the ids from the vocabulary's end on.
         gated: the adapter acts at new tokens only; else everywhere.
         extra_elements: numbers kept elsewhere, such as a hypernetwork's.
+        rule: lays out every prompt with its context and its reply; None for ordinary text. Code, hence not saved.
     """
 
     name: str
@@ -36,6 +43,7 @@ class SharedState:
     token_rows: Tensor | None = field(default=None, repr=False)
     gated: bool = False
     extra_elements: int = 0
+    rule: Rule | None = field(default=None, repr=False)
 
     @property
     def elements(self) -> int:
@@ -60,7 +68,7 @@ class SharedState:
             (folder / _CONFIG).write_text(json.dumps(record, indent=1) + "\n")
 
     @staticmethod
-    def load(path: Path, base: BaseModel) -> "SharedState":
+    def load(path: Path, base: BaseModel) -> SharedState:
         """Read what `save` wrote.
 
         Raises:

@@ -86,3 +86,22 @@ def scattered(ids: list[int], ratio: float, seed: int) -> Layout:
     shown = torch.rand(len(ids), generator=torch.Generator().manual_seed(seed)) >= ratio
     visible = shown[None].expand(len(ids), -1).clone()
     return Layout(plain.ids, plain.positions, visible, plain.predicts, plain.gate, shown)
+
+
+def compressing(ids: list[int], every: int, comp: int) -> Layout:
+    """A COMP after every so many tokens, in the document and in what is decoded: later tokens see it in their place.
+    It takes the position after its chunk, as the next token does."""
+    sequence, positions, segment, real = [], [], [], []
+    for index, token in enumerate(ids):
+        for new in [False, True][: 1 + (index % every == every - 1 and index + 1 < len(ids))]:
+            sequence.append(comp if new else token)
+            positions.append(index + new)
+            segment.append(index // every)
+            real.append(not new)
+    segments, comps = torch.tensor(segment), ~torch.tensor(real)
+    visible = (segments[:, None] == segments[None]) | comps[None]
+    predicts = torch.full((len(sequence),), -1)
+    places = (~comps).nonzero().flatten()
+    predicts[places[:-1]] = places[1:]
+    kept = comps | (segments == segments[-1])
+    return Layout(torch.tensor(sequence), torch.tensor(positions), visible, predicts, comps.float(), kept)

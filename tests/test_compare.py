@@ -21,7 +21,7 @@ from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS
-from hyperlora.prompt import document_ids
+from hyperlora.prompt import GAP, document_ids, encode
 from hyperlora.runtime import Prompt, Runtime
 
 from .conftest import TEXT, make_base, make_generator
@@ -187,9 +187,9 @@ def test_the_teacher_is_the_model_with_the_document(experiment: Path, base: Base
     prompt = runtime.question(0, item.questions[0].text)
     reply = runtime.generate_ids([memory], [prompt], 4)[0]
     taught = teacher_replies([item], 4, runtime, comparison.cache)
-    assert len(taught) == len(item.questions) and taught[0][: len(reply)] == reply
-    assert len(taught[0]) == 4 or taught[0][-1] in base.stop_ids
-    losses = runtime.log_likelihood([memory], [Prompt(0, prompt.ids, taught[0])])[0]
+    assert len(taught[0]) == len(item.questions) and taught[0][0][: len(reply)] == reply
+    assert len(taught[0][0]) == 4 or taught[0][0][-1] in base.stop_ids
+    losses = runtime.log_likelihood([memory], [Prompt(0, prompt.ids, taught[0][0])])[0]
     record = next(
         record
         for unit, key in comparison.keyed()
@@ -367,7 +367,8 @@ def test_flops_follow_the_formula(base: BaseModel) -> None:
     memory = Memory(text=tuple(ids))
     counted = flops(lambda: runtime.generate_ids([memory], [runtime.question(0, "Who?")], 1))
     config = base.model.config
-    n = len(ids) + len(runtime._prefix) + len(runtime._gap) + len(runtime.question(0, "Who?").ids)
+    before = encode(base.tokenizer, base.prompt.prefix)
+    n = len(ids) + len(before) + len(encode(base.tokenizer, GAP)) + len(runtime.question(0, "Who?").ids)
     layers = sum(p.numel() for name, p in base.model.named_parameters() if "layers" in name and p.dim() == 2)
     head = config.hidden_size * config.vocab_size
     attention = 4 * config.num_hidden_layers * n * n * config.hidden_size

@@ -24,6 +24,7 @@ from hyperlora.evaluation import lm_eval_model
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.lm_eval_model import HyperloraLM
 from hyperlora.methods import METHODS, Document
+from hyperlora.prompt import encode
 from hyperlora.runtime import Runtime
 
 from .conftest import make_base, make_generator
@@ -187,8 +188,7 @@ def test_examples_stay_and_the_own_document_goes(make: Make, base: BaseModel, do
 
 def test_a_rolling_text_is_what_follows_the_document(make: Make, base: BaseModel, documents: list[str]) -> None:
     (score,) = make("full").loglikelihood_rolling([request("loglikelihood_rolling", documents[0], documents[1])])
-    runtime = Runtime(base)
-    before = runtime._prefix + base.tokenizer(documents[0])["input_ids"]
+    before = encode(base.tokenizer, base.prompt.prefix) + base.tokenizer(documents[0])["input_ids"]
     assert score == pytest.approx(direct(base, before, base.tokenizer(documents[1])["input_ids"])[0], abs=1e-3)
     with pytest.raises(InputError, match="'context'"):
         make("full").loglikelihood_rolling([request("loglikelihood_rolling", documents[0], "".join(documents[:2]))])

@@ -12,12 +12,11 @@ from hyperlora.inject import stack_patches
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document, Method
 from hyperlora.methods.adapted import fresh_adapter
-from hyperlora.methods.kv_cache import prefill
 from hyperlora.methods.self_study import SEEDS, study
 from hyperlora.methods.summary import ranking, sentences
 from hyperlora.methods.teaching import differences, teach
 from hyperlora.objectives import top_k_kl
-from hyperlora.prompt import document_ids
+from hyperlora.prompt import document_ids, encode
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
@@ -135,8 +134,11 @@ def test_the_prompt_goes_on_behind_the_document_though_its_end_is_evicted(
     ids = document_ids(base.tokenizer, documents[0])
     kept = torch.ones(len(ids), dtype=torch.bool)
     kept[-5:] = False
-    end = len(Runtime(base)._prefix) + len(ids)
-    kv = prefill(base, documents[0], kept)
+    before = len(encode(base.tokenizer, base.prompt.prefix))
+    end = before + len(ids)
+    (memory,) = Runtime(base).prefill([Memory(text=tuple(ids))])
+    assert memory.kv is not None
+    kv = memory.kv.select(torch.cat([torch.zeros(before, dtype=torch.bool), kept]))
     assert (kv.next_place, kv.next_position) == (end, end) and kv.positions.numel() == end - 5
     with Session(base, 1) as session:  # and stays there when it is loaded and taken again
         session.load([kv])
@@ -148,12 +150,12 @@ def test_random_eviction_keeps_the_prefix_and_frees_the_rest(base: BaseModel, do
     method = kind(base, kind.Settings())
     (memory,) = method.compile([Document("x", documents[0])], [BUDGET_TOKENS * per_token(base)])
     assert memory.kv is not None
-    prefix = len(Runtime(base)._prefix)
-    positions = memory.kv.positions.tolist()
-    assert positions[:prefix] == list(range(prefix)) and len(positions) == BUDGET_TOKENS
-    assert positions[prefix:] != list(range(prefix, BUDGET_TOKENS))
+    prefix = len(encode(base.tokenizer, base.prompt.prefix))
+    positions, rows = memory.kv.positions.tolist(), prefix + BUDGET_TOKENS
+    assert positions[:prefix] == list(range(prefix)) and len(positions) == rows
+    assert positions[prefix:] != list(range(prefix, rows))
     assert memory.kv.next_position == prefix + len(document_ids(base.tokenizer, documents[0]))
-    assert all(keys.shape[1] == BUDGET_TOKENS for keys in memory.kv.keys)
+    assert all(keys.shape[1] == rows for keys in memory.kv.keys)
 
 
 def test_self_study_is_told_by_the_document(base: BaseModel, documents: list[str]) -> None:

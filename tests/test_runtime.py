@@ -9,7 +9,7 @@ from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.evaluation.answers import greedy
 from hyperlora.inject import patched
 from hyperlora.memory import KV, Memory
-from hyperlora.prompt import document_ids
+from hyperlora.prompt import GAP, document_ids, encode
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
@@ -22,12 +22,13 @@ QUESTIONS = ("What is the parrot called?", "When does the ferry leave for Oskmer
 
 def stored(base: BaseModel, text: str) -> KV:
     """Keys and values of the prompt up to the end of the document."""
-    runtime = Runtime(base)
-    ids = runtime._prefix + document_ids(base.tokenizer, text)
-    with torch.no_grad(), Session(base, 1) as session:
-        line = torch.arange(len(ids))[None]
-        session.feed(torch.tensor([ids]), line, line, torch.zeros(line.shape, dtype=torch.bool))
-        return session.take(0)
+    (memory,) = Runtime(base).prefill([text_memory(base, text)])
+    assert memory.kv is not None and not memory.text
+    return memory.kv
+
+
+def prefix(base: BaseModel) -> list[int]:
+    return encode(base.tokenizer, base.prompt.prefix)
 
 
 def text_memory(base: BaseModel, text: str) -> Memory:
@@ -81,6 +82,29 @@ def test_patches_answer_each_for_its_own_document(base: BaseModel, documents: li
     assert len(set(replies[:3])) == 3
 
 
+def test_memories_that_are_read_before_answer_alike(any_base: BaseModel, documents: list[str]) -> None:
+    """Nothing, a document, a patch and a patch with a document: questions, and text that follows at once."""
+    base, runtime = any_base, Runtime(any_base, batch_tokens=150)
+    patch = make_generator(base).generate(documents[0])
+    ids = document_ids(base.tokenizer, documents[1][:60])
+    memories = [Memory(), Memory(text=tuple(ids)), Memory(patch=patch), Memory(patch=patch).with_text(ids)]
+    held = runtime.prefill(memories)
+    assert all(memory.kv is not None and not memory.text for memory in held) and held[3].patch is patch
+    numbers = range(len(memories))
+    prompts = [runtime.question(number, QUESTIONS[0], "eleven songs") for number in numbers]
+    prompts += [runtime.continuation(number, "The ferry leaves.") for number in numbers]
+    scores = [runtime.log_likelihood(made, prompts) for made in (memories, held)]
+    for one, other in zip(*scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert runtime.generate(memories, prompts[:4], 6) == runtime.generate(held, prompts[:4], 6)
+    assert runtime.prefill(held) == held
+    assert sorted(number for group in runtime.groups(memories) for number in group) == list(numbers)
+    assert held[1].kv is not None
+    silent = replace(held[1], kv=replace(held[1].kv, following=None))
+    with pytest.raises(InputError, match="do not say what follows"):
+        runtime.log_likelihood([silent], [runtime.continuation(0, "The ferry leaves.")])
+
+
 def test_a_patch_and_a_document_work_together(base: BaseModel, documents: list[str]) -> None:
     patch = make_generator(base).generate(documents[0])
     memory = Memory(patch=patch).with_text(document_ids(base.tokenizer, documents[1]))
@@ -105,9 +129,10 @@ def test_a_gated_adapter_is_silent_on_ordinary_tokens(base: BaseModel) -> None:
 def test_evicted_rows_keep_the_positions_of_the_others(any_base: BaseModel, documents: list[str]) -> None:
     """A KV memory without its middle answers like a forward pass that masks the middle."""
     base, runtime = any_base, Runtime(any_base)
-    ids = runtime._prefix + document_ids(base.tokenizer, documents[0][:60])
+    ids = prefix(base) + document_ids(base.tokenizer, documents[0][:60])
     held = torch.ones(1, len(ids), dtype=torch.bool)
-    held[0, 5:12] = False
+    start = len(prefix(base)) + 2
+    held[0, start : start + 7] = False
     line = torch.arange(len(ids))[None]
     with torch.no_grad(), Session(base, 1) as session:
         session.feed(torch.tensor([ids]), line, line, torch.zeros(line.shape, dtype=torch.bool))
@@ -115,13 +140,16 @@ def test_evicted_rows_keep_the_positions_of_the_others(any_base: BaseModel, docu
         kv = session.take(0)
     assert kv.next_position == kv.next_place == len(ids) and kv.positions.numel() == len(ids) - 7
     whole = stored(base, documents[0][:60])
-    assert kv.elements == whole.elements * (len(ids) - 7) // len(ids)
+    selected = whole.select(held[0])
+    assert torch.equal(selected.positions, kv.positions) and torch.equal(selected.keys[1], kv.keys[1])
+    slot = len(ids) - len(prefix(base))
+    assert selected.elements == whole.elements * (slot - 7) // slot
     got = runtime.log_likelihood([Memory(kv=kv)], [runtime.question(0, QUESTIONS[0], "eleven songs")])[0]
     reply = base.prompt.answer_ids(base.tokenizer, "eleven songs")
-    rest = runtime._gap + base.prompt.question_ids(base.tokenizer, QUESTIONS[0]) + reply[:-1]
+    rest = encode(base.tokenizer, GAP) + base.prompt.question_ids(base.tokenizer, QUESTIONS[0]) + reply[:-1]
     total = len(ids) + len(rest)
     seen = torch.ones(1, total, total, dtype=torch.bool).tril()
-    seen[0, len(ids) :, 5:12] = False
+    seen[0, len(ids) :, start : start + 7] = False
     wanted = torch.zeros(1, total, dtype=torch.bool)
     wanted[0, -len(reply) :] = True
     line = torch.arange(total)[None]
@@ -141,7 +169,7 @@ def test_bytes_are_counted_at_one_precision(base: BaseModel, documents: list[str
     soft = soft_memory(base, documents[0])
     assert soft.resident_bytes(base) == tokens * per_token and soft.stored_bytes(base) == tokens * 32 * 2
     kv = kv_memory(base, documents[0])
-    assert kv.resident_bytes(base) == (tokens + len(Runtime(base)._prefix)) * per_token
+    assert kv.resident_bytes(base) == tokens * per_token  # the prefix is not the document's
     patch = Memory(patch=make_generator(base).generate(documents[0]))
     assert patch.resident_bytes(base) == patch.stored_bytes(base) == 2 * 2 * 6 * (48 + 32)
 

@@ -9,8 +9,10 @@ from hyperlora.methods.full import Full
 from hyperlora.runtime import Runtime
 
 
-def teacher_replies(items: Sequence[Item], max_new_tokens: int, runtime: Runtime, cache: Cache) -> list[list[int]]:
-    """Greedy replies as token ids, for all questions of the first item, then of the next; kept in `cache`."""
+def teacher_replies(
+    items: Sequence[Item], max_new_tokens: int, runtime: Runtime, cache: Cache
+) -> list[list[list[int]]]:
+    """Greedy replies as token ids, for every item and each of its questions; kept in `cache`."""
     base = runtime.base
     same = [vars(base.fingerprint), str(base.model.dtype), max_new_tokens]
     keys = [digest("teacher", *same, item.text, [question.text for question in item.questions]) for item in items]
@@ -21,4 +23,4 @@ def teacher_replies(items: Sequence[Item], max_new_tokens: int, runtime: Runtime
         replies = iter(runtime.replies(memories, [prompt for group in asked for prompt in group], max_new_tokens))
         for number, group in zip(missing, asked, strict=True):
             cache.add(keys[number], [next(replies) for _ in group])
-    return [reply for key in keys for reply in cache[key]]
+    return [cache[key] for key in keys]

@@ -113,12 +113,12 @@ def run_unit(
     own = list(range(count))
     following = [(index + 1) % count for index in own]
     teacher = teacher_replies(unit.items, task.max_new_tokens, runtime, cache) if task.kind == "answers" else []
-    _ask(records, "own", unit.items, memories, own, task, teacher, runtime)
-    _ask(records, "swapped", unit.items, memories, following, task, teacher, runtime)
+    conditions = {"own": own, "swapped": following}
+    _ask(records, conditions, unit.items, memories, task, teacher, runtime)
     if unit.forgetting and all(memory.patch is not None for memory in memories):
         texts = [document_ids(base.tokenizer, item.text) for item in unit.items]
         beside = [memories[following[index]].with_text(texts[index]) for index in own[: unit.forgetting]]
-        _ask(records, "beside", unit.items[: unit.forgetting], beside, own, task, teacher, runtime)
+        _ask(records, {"beside": own[: unit.forgetting]}, unit.items, beside, task, teacher, runtime)
         if experiment.unrelated is not None:
             _unrelated(records, unit, experiment.unrelated, memories, runtime)
     return records
@@ -126,33 +126,60 @@ def run_unit(
 
 def _ask(
     records: list[dict[str, Any]],
-    condition: str,
+    conditions: dict[str, list[int]],
     items: Sequence[Item],
     memories: Sequence[Memory],
-    owners: Sequence[int],
     task: Task,
-    teacher: Sequence[list[int]],
+    teacher: Sequence[Sequence[list[int]]],
     runtime: Runtime,
 ) -> None:
-    """Answer the questions of item i from memory owners[i]; score the accepted answers and the teacher's replies."""
-    if task.kind == "text":
-        prompts = [runtime.continuation(owners[index], item.following) for index, item in enumerate(items)]
-        for record, scores in zip(records, runtime.log_likelihood(memories, prompts), strict=False):
-            record[condition] = {"nll": [-float(scores.mean())]}
-        return
-    asked = [(owners[index], question) for index, item in enumerate(items) for question in item.questions]
-    prompts = [runtime.question(owner, question.text) for owner, question in asked]
-    gold = [runtime.question(owner, question.text, question.reply) for owner, question in asked]
-    taught = [replace(prompt, reply=reply) for prompt, reply in zip(prompts, teacher, strict=False)]
-    replies = iter(runtime.generate(memories, prompts, task.max_new_tokens))
-    losses = [-float(scores.mean()) for scores in runtime.log_likelihood(memories, gold + taught)]
+    """Under every condition answer the questions of item i from memory conditions[...][i].
+
+    A memory is read once for all that is asked of it, and as many are held as the runtime may run together.
+    """
+    for group in runtime.groups(memories):
+        held = runtime.prefill([memories[owner] for owner in group])
+        for condition, owners in conditions.items():
+            asked = [(group.index(owner), index) for index, owner in enumerate(owners) if owner in group]
+            found = (_follow if task.kind == "text" else _answer)(asked, items, held, task, teacher, runtime)
+            for (_, index), record in zip(asked, found, strict=True):
+                records[index][condition] = record
+
+
+def _follow(
+    asked: Sequence[tuple[int, int]], items: Sequence[Item], held: Sequence[Memory], _: Task, __: Any, runtime: Runtime
+) -> list[dict[str, Any]]:
+    """Log-likelihoods of the texts that follow the documents. `asked`: memory and item."""
+    prompts = [runtime.continuation(memory, items[index].following) for memory, index in asked]
+    return [{"nll": [-float(scores.mean())]} for scores in runtime.log_likelihood(held, prompts)]
+
+
+def _answer(
+    asked: Sequence[tuple[int, int]],
+    items: Sequence[Item],
+    held: Sequence[Memory],
+    task: Task,
+    teacher: Sequence[Sequence[list[int]]],
+    runtime: Runtime,
+) -> list[dict[str, Any]]:
+    """Replies to the items' questions; losses of the accepted answers and of the teacher's replies."""
+    prompts, gold, taught = [], [], []
+    for memory, index in asked:
+        for question, reply in zip(items[index].questions, teacher[index], strict=True):
+            prompts.append(runtime.question(memory, question.text))
+            gold.append(runtime.question(memory, question.text, question.reply))
+            taught.append(replace(prompts[-1], reply=reply))
+    replies = iter(runtime.generate(held, prompts, task.max_new_tokens))
+    losses = [-float(scores.mean()) for scores in runtime.log_likelihood(held, gold + taught)]
     nll, teacher_nll = iter(losses[: len(gold)]), iter(losses[len(gold) :])
-    for record, item in zip(records, items, strict=False):
-        record[condition] = {
-            "replies": [next(replies) for _ in item.questions],
-            "nll": [next(nll) for _ in item.questions],
-            "teacher_nll": [next(teacher_nll) for _ in item.questions],
+    return [
+        {
+            "replies": [next(replies) for _ in items[index].questions],
+            "nll": [next(nll) for _ in items[index].questions],
+            "teacher_nll": [next(teacher_nll) for _ in items[index].questions],
         }
+        for _, index in asked
+    ]
 
 
 def _unrelated(

@@ -12,7 +12,6 @@ from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
 from hyperlora.methods.contract import Document, stable_seed
-from hyperlora.methods.kv_cache import prefill
 from hyperlora.methods.summary import sentences
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
@@ -82,7 +81,7 @@ def study(
     bounds = [len(ids) * i // count for i in range(count + 1)]
     texts = [base.tokenizer.decode(ids[a:b]) for a, b in pairwise(bounds)]
     contexts = [document_ids(base.tokenizer, text) for text in texts]
-    memories = [Memory(kv=prefill(base, text)) for text in texts]
+    memories = runtime.prefill([Memory(text=tuple(context)) for context in contexts])
     pieces = [(chunk, piece.strip()) for chunk, text in enumerate(texts) for piece in sentences(text)]
     asked: list[tuple[str, str, str, int]] = []  # manner, start of the question, length of the answer, chunk
     openings, seeds = [], []
