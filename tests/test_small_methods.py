@@ -116,7 +116,9 @@ def test_a_comparison_runs_them_on_questions_and_on_text(
     ):
         task = read_task(spec, name)
         unit = Unit(name, "m", 0, 0, items, 0)
-        records = run_unit(unit, task, experiment, method, None, Runtime(base), Cache(tmp_path, name))
+        records = run_unit(
+            unit, range(3), task, experiment, method, lambda _: None, Runtime(base), Cache(tmp_path, name)
+        )
         for record in records:
             for condition in ("own", "swapped"):
                 losses = record[condition]["nll"]

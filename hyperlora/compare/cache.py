@@ -1,7 +1,8 @@
-"""Finished units of work, kept as they end: an append-only JSONL that survives being killed at any time."""
+"""Finished records, kept as they end: an append-only JSONL that survives being killed at any time."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ class Cache:
     """
 
     def __init__(self, folder: Path, shard: str = "whole"):
-        self.path = folder / f"units-{shard}.jsonl"
+        self.path = folder / f"records-{shard}.jsonl"
         self.records: dict[str, Any] = {}
-        for path in sorted(folder.glob("units-*.jsonl")):
+        for path in sorted(folder.glob("records-*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 try:
                     record = json.loads(line)
@@ -29,11 +30,13 @@ class Cache:
     def __getitem__(self, key: str) -> Any:
         return self.records[key]
 
-    def add(self, key: str, value: Any) -> None:
-        self.records[key] = value
+    def add(self, records: Mapping[str, Any]) -> None:
+        """Keep these records, all of them at once."""
+        self.records |= records
         broken = self.path.exists() and self.path.read_bytes()[-1:] not in (b"\n", b"")
+        lines = [json.dumps({"key": key, "value": value}).encode() + b"\n" for key, value in records.items()]
         with self.path.open("ab") as file:
-            file.write((b"\n" if broken else b"") + json.dumps({"key": key, "value": value}).encode() + b"\n")
+            file.write(b"\n" * broken + b"".join(lines))
 
 
 def digest(*parts: Any) -> str:

@@ -1,13 +1,11 @@
 """Every question as every method answered it: replies.jsonl, and the report's examples."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from hyperlora.compare.units import Unit
+from hyperlora.compare.units import Record, Unit
 from hyperlora.data.items import Item
 
 _EXAMPLES = 5  # documents of a task
-Record = dict[str, Any]
 
 
 def replies(items: dict[str, list[Item]], finished: Sequence[tuple[Unit, list[Record]]]) -> list[Record]:

@@ -8,26 +8,25 @@ import torch
 from hyperlora.base_model import BaseModel, load_base
 from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.experiment import Experiment
-from hyperlora.compare.units import CONDITIONS, Unit
+from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bert_score import bert_score, load_encoder
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Runtime
 
-Record = dict[str, Any]
 # From documents, and each document's replies, to a score for every reply.
 Scorer = Callable[[Sequence[Item], Sequence[Sequence[str]]], list[list[float]]]
 
 
 def add_reply_scores(
-    experiment: Experiment, base: BaseModel, keyed: Sequence[tuple[Unit, str]], cache: Cache
-) -> dict[str, list[Record]]:
-    """The cached records of every unit, by key, with the experiment's further scores; what is new is kept in `cache`.
+    experiment: Experiment, base: BaseModel, keyed: Sequence[tuple[Unit, list[str]]], cache: Cache
+) -> list[tuple[Unit, list[Record]]]:
+    """The cached records of every unit with the experiment's further scores; what is new is kept in `cache`.
 
     A reader gives `reply_nll_LABEL`: nats per token of the reply, with the document and the question in its prompt.
     """
-    found = {key: [dict(record) for record in cache[key]] for _, key in keyed}
+    found = [(unit, [dict(cache[key]) for key in keys]) for unit, keys in keyed]
     makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {}
     if "bert_score" in experiment.metrics:
         makers["bert_score"] = (None, _bert)
@@ -35,16 +34,17 @@ def add_reply_scores(
         makers[f"reply_nll_{label}"] = (name, lambda name=name: _reader(base, name))  # type: ignore[misc]
     for metric, (identity, make) in makers.items():
         scorer: Scorer | None = None  # loaded when something is missing
-        for unit, key in keyed:
-            conditions = [c for c in CONDITIONS if any("replies" in record.get(c, {}) for record in found[key])]
-            for condition in conditions:
-                held = [(i, r) for i, r in zip(unit.items, found[key], strict=True) if condition in r]
-                own = digest("reply score", metric, identity, key, condition)
-                if own not in cache:
+        for (unit, records), (_, keys) in zip(found, keyed, strict=True):
+            for condition in CONDITIONS:
+                held = [n for n, record in enumerate(records) if "replies" in record.get(condition, {})]
+                own = {n: digest("reply score", metric, identity, keys[n], condition) for n in held}
+                if missing := [n for n in held if own[n] not in cache]:
                     scorer = scorer or make()
-                    cache.add(own, scorer([i for i, _ in held], [r[condition]["replies"] for _, r in held]))
-                for (_, record), scores in zip(held, cache[own], strict=True):
-                    record[condition] = record[condition] | {metric: scores}
+                    replies = [records[n][condition]["replies"] for n in missing]
+                    scores = scorer([unit.items[n] for n in missing], replies)
+                    cache.add({own[n]: score for n, score in zip(missing, scores, strict=True)})
+                for n in held:
+                    records[n][condition] = records[n][condition] | {metric: cache[own[n]]}
     return found
 
 

@@ -17,13 +17,12 @@ from hyperlora.compare.curves import curves
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.replies import examples
-from hyperlora.compare.units import CONDITIONS, Unit
+from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.metrics import TEXT_METRICS, lower_is_better
 from hyperlora.tasks import Task
 
-Record = dict[str, Any]
 # Values per document, averaged over questions and seeds: [task][method][condition][metric][document id].
 Values = dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.replies import replies
 from hyperlora.compare.reply_scores import add_reply_scores
 from hyperlora.compare.results import collect
-from hyperlora.compare.units import Unit, identity, run_unit, unit_key, units
+from hyperlora.compare.units import Record, Unit, identity, item_keys, run_unit, units
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.evaluation.replies import REPLIES
@@ -27,7 +28,7 @@ _EXPERIMENT, _RESULTS = "experiment.json", "results.json"
 
 
 class Comparison:
-    """An experiment in a folder: experiment.json, units-*.jsonl (what is finished), then results.json,
+    """An experiment in a folder: experiment.json, records-*.jsonl (what is finished), then results.json,
     replies.jsonl (every question as every method answered it) and the report.
 
     Args:
@@ -80,11 +81,11 @@ class Comparison:
         match = self.experiment.methods[label].match
         return self.method(match, self.experiment.seeds_of(match)[0]) if match else None
 
-    def keyed(self) -> Iterator[tuple[Unit, str]]:
-        """All units of the experiment with their keys."""
+    def keyed(self) -> Iterator[tuple[Unit, list[str]]]:
+        """All units of the experiment with the keys of their documents."""
         for unit in units(self.experiment, self.items):
             method, matched = self.method(unit.method, unit.seed), self._matched(unit.method)
-            yield unit, unit_key(unit, self.tasks[unit.task], self.experiment, method, matched, self.base)
+            yield unit, item_keys(unit, self.tasks[unit.task], self.experiment, method, matched, self.base)
 
     def _budgets(self, label: str, items: Sequence[Item]) -> list[int] | None:
         """Resident bytes of the matched method, known from finished units or from its memories made again."""
@@ -97,45 +98,47 @@ class Comparison:
         memories = matched.compile([Document(item.id, item.text) for item in items])
         return [memory.resident_bytes(self.base) for memory in memories]
 
-    def _learn_bytes(self, unit: Unit, records: Sequence[dict[str, Any]]) -> None:
+    def _learn_bytes(self, unit: Unit, keys: Sequence[str]) -> None:
         seed = self.method(unit.method, unit.seed).seed
-        for item, record in zip(unit.items, records, strict=True):
-            self._bytes[unit.method, item.text, seed] = record["resident_bytes"]
+        for item, key in zip(unit.items, keys, strict=True):
+            if key in self.cache:
+                self._bytes[unit.method, item.text, seed] = self.cache[key]["resident_bytes"]
 
     def run(self) -> None:
-        """Do this shard's units; those in the cache are not done again."""
+        """Do this shard's units; documents in the cache are not done again."""
         index, count = self.shard
         todo = [pair for number, pair in enumerate(self.keyed()) if number % count == index - 1]
-        done = [pair for pair in todo if pair[1] in self.cache]
-        for unit, key in done:
-            self._learn_bytes(unit, self.cache[key])
-        with tqdm(total=sum(len(unit.items) for unit, _ in todo), unit="document", desc=self.experiment.name) as bar:
-            bar.update(sum(len(unit.items) for unit, _ in done))
-            for unit, key in todo:
-                if key in self.cache:
-                    continue
-                bar.set_postfix_str(f"{unit.task}, {unit.method}")
-                method, task = self.method(unit.method, unit.seed), self.tasks[unit.task]
-                budgets = self._budgets(unit.method, unit.items)
-                records = run_unit(unit, task, self.experiment, method, budgets, self.runtime, self.cache)
-                self.cache.add(key, records)
-                self._learn_bytes(unit, records)
-                bar.update(len(unit.items))
+        for unit, keys in todo:
+            self._learn_bytes(unit, keys)
+        with tqdm(total=sum(len(keys) for _, keys in todo), unit="document", desc=self.experiment.name) as bar:
+            for unit, keys in todo:
+                missing = [number for number, key in enumerate(keys) if key not in self.cache]
+                if missing:
+                    bar.set_postfix_str(f"{unit.task}, {unit.method}")
+                    records = self._run(unit, missing)
+                    self.cache.add({keys[n]: record for n, record in zip(missing, records, strict=True)})
+                    self._learn_bytes(unit, keys)
+                bar.update(len(keys))
+
+    def _run(self, unit: Unit, numbers: Sequence[int]) -> list[Record]:
+        method, task = self.method(unit.method, unit.seed), self.tasks[unit.task]
+        budgets = partial(self._budgets, unit.method)
+        return run_unit(unit, numbers, task, self.experiment, method, budgets, self.runtime, self.cache)
 
     def report(self, command: str) -> list[Path]:
-        """Write results.json and the report from finished units.
+        """Write results.json and the report from finished records.
 
         Raises:
-            InputError: units are missing, because a shard has not run.
+            InputError: documents are missing, because a shard has not run.
         """
         pairs = list(self.keyed())
-        missing = sum(key not in self.cache for _, key in pairs)
+        count = sum(len(keys) for _, keys in pairs)
+        missing = sum(key not in self.cache for _, keys in pairs for key in keys)
         if missing:
-            raise InputError(f"{missing} of {len(pairs)} units are not done; run again without --shard")
-        for unit, key in pairs:
-            self._learn_bytes(unit, self.cache[key])
-        records = add_reply_scores(self.experiment, self.base, pairs, self.cache)
-        finished = [(unit, records[key]) for unit, key in pairs]
+            raise InputError(f"{missing} of {count} documents are not done; run again without --shard")
+        for unit, keys in pairs:
+            self._learn_bytes(unit, keys)
+        finished = add_reply_scores(self.experiment, self.base, pairs, self.cache)
         costs = {label: self._costs(label) for label in self.experiment.methods}
         rows = replies(self.items, finished)
         results = collect(self.experiment, self.tasks, self.items, finished, rows, costs, self.base, command)
@@ -152,5 +155,5 @@ class Comparison:
         read = [[item.text, [question.text for question in item.questions[:1]]] for item in items]
         key = digest("costs", about, own, read)
         if key not in self.cache:
-            self.cache.add(key, measure_costs(method, budgets, items, setting.tokens, self.runtime))
+            self.cache.add({key: measure_costs(method, budgets, items, setting.tokens, self.runtime)})
         return self.cache[key]

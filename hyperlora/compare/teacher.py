@@ -21,6 +21,5 @@ def teacher_replies(
         memories = Full(base, Full.Settings()).compile([Document(items[n].id, items[n].text) for n in missing])
         asked = [[runtime.question(i, q.text) for q in items[n].questions] for i, n in enumerate(missing)]
         replies = iter(runtime.replies(memories, [prompt for group in asked for prompt in group], max_new_tokens))
-        for number, group in zip(missing, asked, strict=True):
-            cache.add(keys[number], [next(replies) for _ in group])
+        cache.add({keys[n]: [next(replies) for _ in group] for n, group in zip(missing, asked, strict=True)})
     return [cache[key] for key in keys]

@@ -1,7 +1,7 @@
-"""The work of a comparison, cut into units: one method on a few documents of a task, answered under every control."""
+"""The work of a comparison in units: one method on a few documents of a task, answered under every control."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +19,18 @@ from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.tasks import Task
 
-_FORMAT = 3  # raised when the meaning of a cached record changes
+_FORMAT = 4  # raised when the meaning of a cached record changes
 _UNRELATED_TOKENS = 256
+Record = dict[str, Any]
 CONDITIONS = ("own", "swapped", "beside")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Documents `items` of a task for one method and seed. `forgetting`: how many of them measure forgetting."""
+    """Documents `items` of a task for one method and seed, run together; each is cached for itself.
+
+    The memory of the next document, in a ring, is the swapped control. `forgetting`: how many measure forgetting.
+    """
 
     task: str
     method: str
@@ -34,6 +38,9 @@ class Unit:
     number: int
     items: tuple[Item, ...]
     forgetting: int
+
+    def next(self, index: int) -> int:
+        return (index + 1) % len(self.items)
 
 
 def units(experiment: Experiment, items: dict[str, list[Item]]) -> Iterator[Unit]:
@@ -55,12 +62,12 @@ def _groups(items: Sequence[Item], size: int) -> list[list[Item]]:
     return groups
 
 
-def unit_key(
+def item_keys(
     unit: Unit, task: Task, experiment: Experiment, method: Method, matched: Method | None, base: BaseModel
-) -> str:
-    """Hash of everything that determines the unit's record."""
+) -> list[str]:
+    """For every document the hash of everything that determines its record."""
     spec = experiment.methods[unit.method]
-    return digest(
+    shared = digest(
         _FORMAT,
         vars(base.fingerprint),
         str(base.model.dtype),
@@ -68,9 +75,15 @@ def unit_key(
         [*identity(experiment.methods[spec.match], matched), matched.seed] if spec.match and matched else None,
         [task.kind, task.max_new_tokens],
         unit.seed if spec.type.seeded else None,
-        [unit.forgetting, experiment.unrelated],
-        [[item.id, item.text, item.following, [vars(question) for question in item.questions]] for item in unit.items],
+        experiment.unrelated,
     )
+    contents = [
+        [item.id, item.text, item.following, [vars(question) for question in item.questions]] for item in unit.items
+    ]
+    return [
+        digest(shared, content, contents[unit.next(index)], index < unit.forgetting)
+        for index, content in enumerate(contents)
+    ]
 
 
 def identity(spec: MethodSpec, method: Method) -> list[Any]:
@@ -80,27 +93,32 @@ def identity(spec: MethodSpec, method: Method) -> list[Any]:
 
 def run_unit(
     unit: Unit,
+    chosen: Sequence[int],
     task: Task,
     experiment: Experiment,
     method: Method,
-    budgets: Sequence[int] | None,
+    budgets: Callable[[Sequence[Item]], list[int] | None],
     runtime: Runtime,
     cache: Cache,
-) -> list[dict[str, Any]]:
-    """One record for each document: bytes, and under every condition the replies or the log-likelihoods.
+) -> list[Record]:
+    """A record for each of the `chosen` documents (numbers in the unit): bytes, and under every condition the replies
+    or the log-likelihoods.
 
-    `budgets`: resident bytes that the memories may take, for methods with a budget.
+    `budgets`: resident bytes that the memories of documents may take, None for methods without a budget.
 
     Conditions: `own` memory; `swapped`, that of the next document in the unit; `beside` (patches only), the document in
     the prompt while the patch of another one is on. `unrelated`: nats per token on text that has nothing to do with the
     document.
     """
     base = runtime.base
-    documents = [Document(item.id, item.text) for item in unit.items]
-    memories = method.compile(documents, budgets)
-    count = len(documents)
-    records: list[dict[str, Any]] = [
-        {
+    needed = sorted({number for index in chosen for number in (index, unit.next(index))})
+    items = [unit.items[number] for number in needed]
+    compiled = method.compile([Document(item.id, item.text) for item in items], budgets(items))
+    memories = dict(zip(needed, compiled, strict=True))
+    records: dict[int, Record] = {}
+    for index in chosen:
+        item, memory = unit.items[index], memories[index]
+        records[index] = {
             "document": item.id,
             "tokens": len(document_ids(base.tokenizer, item.text)),
             "resident_bytes": memory.resident_bytes(base),
@@ -108,47 +126,59 @@ def run_unit(
             "shared_bytes": 2 * memory.shared.elements if memory.shared else 0,
             "tags": dict(item.tags),
         }
-        for item, memory in zip(unit.items, memories, strict=True)
-    ]
-    own = list(range(count))
-    following = [(index + 1) % count for index in own]
-    teacher = teacher_replies(unit.items, task.max_new_tokens, runtime, cache) if task.kind == "answers" else []
-    conditions = {"own": own, "swapped": following}
+    teacher: dict[int, list[list[int]]] = {}
+    if task.kind == "answers":
+        taught = teacher_replies([unit.items[index] for index in chosen], task.max_new_tokens, runtime, cache)
+        teacher = dict(zip(chosen, taught, strict=True))
+    conditions = {
+        "own": [(index, index) for index in chosen],
+        "swapped": [(unit.next(index), index) for index in chosen],
+    }
     _ask(records, conditions, unit.items, memories, task, teacher, runtime)
-    if unit.forgetting and all(memory.patch is not None for memory in memories):
-        texts = [document_ids(base.tokenizer, item.text) for item in unit.items]
-        beside = [memories[following[index]].with_text(texts[index]) for index in own[: unit.forgetting]]
-        _ask(records, {"beside": own[: unit.forgetting]}, unit.items, beside, task, teacher, runtime)
+    forgetting = [index for index in chosen if index < unit.forgetting]
+    if forgetting and all(memory.patch is not None for memory in compiled):
+        beside = {
+            index: memories[unit.next(index)].with_text(document_ids(base.tokenizer, unit.items[index].text))
+            for index in forgetting
+        }
+        pairs = [(index, index) for index in forgetting]
+        _ask(records, {"beside": pairs}, unit.items, beside, task, teacher, runtime)
         if experiment.unrelated is not None:
-            _unrelated(records, unit, experiment.unrelated, memories, runtime)
-    return records
+            held = {index: memories[index] for index in forgetting}
+            _unrelated(records, unit.items, experiment.unrelated, held, runtime)
+    return [records[index] for index in chosen]
 
 
 def _ask(
-    records: list[dict[str, Any]],
-    conditions: dict[str, list[int]],
+    records: Mapping[int, Record],
+    conditions: Mapping[str, Sequence[tuple[int, int]]],
     items: Sequence[Item],
-    memories: Sequence[Memory],
+    memories: Mapping[int, Memory],
     task: Task,
-    teacher: Sequence[Sequence[list[int]]],
+    teacher: Mapping[int, list[list[int]]],
     runtime: Runtime,
 ) -> None:
-    """Under every condition answer the questions of item i from memory conditions[...][i].
+    """Under every condition, given as numbers of a memory and an item, ask the memory what is asked of the item.
 
     A memory is read once for all that is asked of it, and as many are held as the runtime may run together.
     """
-    for group in runtime.groups(memories):
-        held = runtime.prefill([memories[owner] for owner in group])
-        for condition, owners in conditions.items():
-            asked = [(group.index(owner), index) for index, owner in enumerate(owners) if owner in group]
-            found = (_follow if task.kind == "text" else _answer)(asked, items, held, task, teacher, runtime)
+    numbers = list(memories)
+    for group in runtime.groups([memories[number] for number in numbers]):
+        place = {numbers[index]: row for row, index in enumerate(group)}
+        held = runtime.prefill([memories[number] for number in place])
+        for condition, pairs in conditions.items():
+            asked = [(place[owner], index) for owner, index in pairs if owner in place]
+            if task.kind == "text":
+                found = _follow(asked, items, held, runtime)
+            else:
+                found = _answer(asked, items, held, task, teacher, runtime)
             for (_, index), record in zip(asked, found, strict=True):
                 records[index][condition] = record
 
 
 def _follow(
-    asked: Sequence[tuple[int, int]], items: Sequence[Item], held: Sequence[Memory], _: Task, __: Any, runtime: Runtime
-) -> list[dict[str, Any]]:
+    asked: Sequence[tuple[int, int]], items: Sequence[Item], held: Sequence[Memory], runtime: Runtime
+) -> list[Record]:
     """Log-likelihoods of the texts that follow the documents. `asked`: memory and item."""
     prompts = [runtime.continuation(memory, items[index].following) for memory, index in asked]
     return [{"nll": [-float(scores.mean())]} for scores in runtime.log_likelihood(held, prompts)]
@@ -159,9 +189,9 @@ def _answer(
     items: Sequence[Item],
     held: Sequence[Memory],
     task: Task,
-    teacher: Sequence[Sequence[list[int]]],
+    teacher: Mapping[int, list[list[int]]],
     runtime: Runtime,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Replies to the items' questions; losses of the accepted answers and of the teacher's replies."""
     prompts, gold, taught = [], [], []
     for memory, index in asked:
@@ -183,17 +213,21 @@ def _answer(
 
 
 def _unrelated(
-    records: list[dict[str, Any]], unit: Unit, source: str, memories: Sequence[Memory], runtime: Runtime
+    records: Mapping[int, Record],
+    items: Sequence[Item],
+    source: str,
+    memories: Mapping[int, Memory],
+    runtime: Runtime,
 ) -> None:
     """Loss on a window of unrelated text, chosen by the document's id, bare and with the document's patch on."""
     texts = load(source)
     tokenizer = runtime.base.tokenizer
     prompts: list[Prompt] = []
-    for index, item in enumerate(unit.items[: unit.forgetting]):
-        rng = random.Random(stable_seed(item.id))
+    for row, index in enumerate(memories):
+        rng = random.Random(stable_seed(items[index].id))
         text = window(tokenizer, rng.choice(texts).text, rng, _UNRELATED_TOKENS, 0)[0]
-        prompts.append(runtime.continuation(index, text))
+        prompts.append(runtime.continuation(row, text))
     bare = [Memory()] * len(memories)
-    for name, held in (("bare", bare), ("patched", memories)):
-        for record, scores in zip(records, runtime.log_likelihood(held, prompts), strict=False):
-            record.setdefault("unrelated", {})[name] = -float(scores.mean())
+    for name, held in (("bare", bare), ("patched", list(memories.values()))):
+        for index, scores in zip(memories, runtime.log_likelihood(held, prompts), strict=True):
+            records[index].setdefault("unrelated", {})[name] = -float(scores.mean())
