@@ -185,6 +185,13 @@ def _line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(" .:!") if text else type(error).__name__
 
 
+def default_device() -> torch.device:
+    """The CUDA device of this process (`LOCAL_RANK` of torchrun and deepspeed) where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     """`flash_attention_2` on CUDA in half precision where the package is present, else `sdpa`."""
     half = dtype in (torch.float16, torch.bfloat16)
@@ -217,7 +224,7 @@ def load_base(
         BaseNotFound: the model is missing or unreadable; the message says what to install or to check.
     """
     name = name or DEFAULT_BASE
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device) if device else default_device()
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(where, dtype)}
     if quantize is not None:

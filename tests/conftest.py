@@ -31,6 +31,7 @@ from hyperlora.recipe import Recipe
 
 from .chat_server import server as server
 from .chat_server import waits as waits
+from .comparisons import experiment as experiment
 
 TEXT = """The harbour master of Brenwick keeps a grey parrot called Admiral, and the parrot knows eleven songs.
 On Tuesdays the ferry to Oskmere leaves at nine, and nobody has ever seen it leave late.

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from hyperlora import base_model
-from hyperlora.base_model import BaseNotFound, fingerprint, load_base
+from hyperlora.base_model import BaseNotFound, default_device, fingerprint, load_base
 
 from .conftest import TEXT, Run, make_base, one_line
 
@@ -118,3 +118,16 @@ def test_quantised_base_reads_and_answers(run: Run, tiny_dirs: tuple[str, str], 
     assert code == 0, err
     code, out, err = run("ask", tmp_path / "patch", "-q", "Who?", "--max-new-tokens", 4, "--quantize", bits, "--json")
     assert code == 0 and json.loads(out)[0]["answers"]["patch"], err
+
+
+def test_every_launched_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = []
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        devices.append(str(default_device()))
+    monkeypatch.delenv("LOCAL_RANK")
+    assert [*devices, str(default_device())] == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(default_device()) == "cpu"

@@ -1,86 +1,30 @@
+"""Experiments, and what a comparison finds."""
+
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hyperlora.base_model import BaseModel, load_base
-from hyperlora.compare.cache import Cache
-from hyperlora.compare.costs import break_even, flops, measure_costs
+from hyperlora.base_model import BaseModel
 from hyperlora.compare.experiment import read_experiment
 from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.run import Comparison
 from hyperlora.compare.teacher import teacher_replies
 from hyperlora.compare.units import units
-from hyperlora.data.items import Item, Question
+from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS
-from hyperlora.prompt import GAP, document_ids, encode
+from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 
-from .conftest import TEXT, make_base, make_generator
+from .comparisons import compared, results
+from .conftest import make_base
 
 pytest.importorskip("matplotlib")
-
-SENTENCES = [line.strip() for line in TEXT.splitlines() if line.strip()]
-
-
-@pytest.fixture
-def experiment(base: BaseModel, tmp_path: Path) -> Path:
-    """Five documents with one or two questions, a patch, and what it is compared with."""
-    make_generator(base).save_pretrained(tmp_path / "generator")
-    rows = [
-        {
-            "id": f"doc-{number}",
-            "context": f"{SENTENCES[number % 4]} Note {number}.",
-            "questions": [{"question": f"What is note {number}?", "answers": [f"note {number}"]}] * (1 + number % 2),
-        }
-        for number in range(5)
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "unrelated.jsonl").write_text(json.dumps({"id": "u", "text": TEXT[::-1]}) + "\n")
-    path = tmp_path / "experiment.yaml"
-    path.write_text(f"""
-name: tiny
-base: tiny
-seeds: [0, 1]
-unit: 2
-tasks:
-  notes: {{task: jsonl, path: {tmp_path / "data.jsonl"}, max_new_tokens: 4}}
-methods:
-  patch: {{method: generator, path: {tmp_path / "generator"}}}
-  head: {{method: truncation, match: patch}}
-  cache: {{method: kv_cache, items: 3}}
-  evicted: {{method: random_eviction, match: patch}}
-unrelated: {tmp_path / "unrelated.jsonl"}
-forgetting_documents: 3
-costs: {{documents: 1, tokens: 3}}
-""")
-    return path
-
-
-def without_timing(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_timing(found) for key, found in value.items() if key != "timing"}
-    return [without_timing(found) for found in value] if isinstance(value, list) else value
-
-
-def compared(experiment: Path, base: BaseModel, folder: Path, shard: tuple[int, int] = (1, 1)) -> Comparison:
-    comparison = Comparison(read_experiment(experiment), base, folder, shard)
-    comparison.run()
-    return comparison
-
-
-def results(folder: Path) -> Any:
-    return without_timing(json.loads((folder / "results.json").read_text()))
 
 
 def test_a_comparison_holds_its_controls(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
@@ -93,7 +37,8 @@ def test_a_comparison_holds_its_controls(experiment: Path, base: BaseModel, tmp_
     assert scores["full", "own", "nll"]["mean"] != scores["full", "swapped", "nll"]["mean"]
     assert scores["none", "own", "nll"]["mean"] == scores["none", "swapped", "nll"]["mean"]
     against = {(d["method"], d["against"]) for d in found["differences"]}
-    assert {("patch", "none"), ("patch", "full"), ("patch", "swapped"), ("cache", "full")} <= against
+    assert {("patch", "none"), ("patch", "full"), ("patch", "swapped"), ("patch", "head"), ("cache", "full")} <= against
+    assert ("patch", "evicted") not in against and ("head", "head") not in against
     methods = found["methods"]
     assert methods["head"]["resident_bytes"] <= methods["patch"]["resident_bytes"]
     assert methods["none"]["resident_bytes"] == 0 and methods["none"]["effective_ratio"] is None
@@ -251,119 +196,6 @@ training: {{patch: {log}}}
     assert loads == ["some/reader"]  # kept in the cache
 
 
-def test_a_killed_comparison_goes_on_to_the_same_results(
-    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compared(experiment, base, tmp_path / "whole").report("x")
-    add, left = Cache.add, [0]
-
-    def dying(self: Cache, records: dict[str, Any]) -> None:
-        if left[0] == 0:
-            with self.path.open("ab") as file:  # as far as the process came
-                file.write(b'{"key": "half')
-            raise KeyboardInterrupt
-        left[0] -= 1
-        add(self, records)
-
-    monkeypatch.setattr(Cache, "add", dying)
-    for done in (0, 1, 5, 3):
-        left[0] = done
-        with pytest.raises(KeyboardInterrupt):
-            compared(experiment, base, tmp_path / "killed")
-    monkeypatch.setattr(Cache, "add", add)
-    compared(experiment, base, tmp_path / "killed").report("x")
-    assert results(tmp_path / "killed") == results(tmp_path / "whole")
-    runs: list[str] = []
-    monkeypatch.setattr(METHODS["full"], "compile", lambda *_: runs.append("again"))
-    compared(experiment, base, tmp_path / "killed").report("x")
-    assert runs == []  # nothing is done twice
-
-
-def test_a_process_killed_at_any_time_goes_on_to_the_same_results(
-    experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path
-) -> None:
-    """SIGKILL while it answers, and while it measures costs for the report."""
-    base, generator = tiny_dirs
-    experiment.write_text(experiment.read_text().replace(str(tmp_path / "generator"), generator))
-
-    def run(folder: Path, records: int | None = None) -> None:
-        """To the end, or until there are so many records."""
-        command = ["-m", "hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o", str(folder)]
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        file = folder / "records-whole.jsonl"
-        while records is not None and not (file.exists() and file.read_bytes().count(b"\n") >= records):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        if records is not None:
-            process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == (0 if records is None else -signal.SIGKILL), errors.decode()[-2000:]
-
-    run(tmp_path / "whole")
-    total = (tmp_path / "whole" / "records-whole.jsonl").read_bytes().count(b"\n")
-    for records in (1, total // 2, total - 3):
-        run(tmp_path / "killed", records)
-        assert not (tmp_path / "killed" / "results.json").exists()
-    run(tmp_path / "killed")
-    assert results(tmp_path / "killed") | {"command": ""} == results(tmp_path / "whole") | {"command": ""}
-
-
-def test_shards_add_up_to_the_whole(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
-    compared(experiment, base, tmp_path / "whole").report("x")
-    parts = compared(experiment, base, tmp_path / "parts", (1, 2))
-    with pytest.raises(InputError, match="documents are not done"):
-        parts.report("x")
-    assert not (tmp_path / "parts" / "results.json").exists()
-    compared(experiment, base, tmp_path / "parts", (2, 2))
-    whole = Comparison(read_experiment(experiment), base, tmp_path / "parts")
-    whole.report("x")
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
-
-
-def test_every_rank_of_a_launcher_does_a_shard(experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
-    """torchrun with two processes gives the results of one; the first reports."""
-    base, generator = tiny_dirs
-    text = experiment.read_text().replace(str(tmp_path / "generator"), generator)
-    experiment.write_text(text.replace("forgetting_documents: 3", "forgetting_documents: 0"))
-    command = ["-m", "hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *command, str(tmp_path / "ranks")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines().count(str(tmp_path / "ranks" / "results.json")) == 1
-    assert len(list((tmp_path / "ranks").glob("records-?-of-2.jsonl"))) == 2
-    compared(experiment, load_base(base, device="cpu"), tmp_path / "whole").report("x")
-    whole, ranks = results(tmp_path / "whole"), results(tmp_path / "ranks")
-    one, other = ([score["mean"] for score in found["scores"]] for found in (whole, ranks))
-    assert one == pytest.approx(other, abs=1e-3) and len(one) > 50
-
-
-def test_a_changed_method_is_done_again_and_the_rest_is_not(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
-    compared(experiment, base, tmp_path / "out")
-    before = len(Cache(tmp_path / "out").records)
-    experiment.write_text(experiment.read_text().replace("truncation, match", "truncation, side: tail, match"))
-    comparison = compared(experiment, base, tmp_path / "out")
-    assert len(comparison.cache.records) == before + 5  # the documents of `head`
-
-
-def test_a_changed_document_is_done_again_and_the_rest_is_not(
-    experiment: Path, base: BaseModel, tmp_path: Path
-) -> None:
-    """With the one before it, whose swapped control it is."""
-    comparison = compared(experiment, base, tmp_path / "out")
-    group = next(unit for unit, _ in comparison.keyed() if len(unit.items) == 3).items
-    changed, before = group[1].text, set(comparison.cache.records)
-    path = tmp_path / "data.jsonl"
-    path.write_text(path.read_text().replace(changed, changed.replace("Note", "Remark")))
-    new = compared(experiment, base, tmp_path / "out").cache.records
-    documents = [new[key]["document"] for key in set(new) - before if isinstance(new[key], dict)]
-    again = {name: documents.count(name) for name in documents}
-    assert set(again) == {group[0].id, group[1].id}
-    assert set(again.values()) == {4 + 2}  # full, none, patch, head, and two seeds of evicted
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -374,6 +206,7 @@ def test_a_changed_document_is_done_again_and_the_rest_is_not(
         ("unit: 2", "units: 2", "did you mean 'unit'"),
         ("unit: 2", "metrics: [bert_scores]", "did you mean 'bert_score'"),
         ("unit: 2", "adapted: pach", "adapted: no method 'pach'"),
+        ("unit: 2", "adapted: patch", "patch does not read with an adapted model"),
         ("unit: 2", "curves: {c: [patch, hed]}", "curves: c: no method 'hed'; did you mean 'head'"),
         ("unit: 2", "curves: {c: [patch]}", "curves"),
         ("truncation, match: patch", "truncation", "needs 'match'"),
@@ -393,60 +226,18 @@ def test_bad_experiments_are_one_line(experiment: Path, old: str, new: str, mess
     assert "\n" not in str(caught.value)
 
 
-def test_foreign_folders_are_left_alone(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds no comparison"):
-        compared(experiment, base, folder)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
-    compared(experiment, base, tmp_path / "mine").report("x")
-    before = {path: path.read_bytes() for path in (tmp_path / "mine").glob("*.json*")}
-    experiment.write_text(experiment.read_text().replace("name: tiny", "name: other"))
-    with pytest.raises(InputError, match="results of experiment 'tiny'"):
-        compared(experiment, base, tmp_path / "mine")
-    assert {path: path.read_bytes() for path in (tmp_path / "mine").glob("*.json*")} == before
+def test_a_document_beyond_the_window_is_named(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    """At once, before anything is written."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text().replace("Note 3.", "Note 3. " * 600))
+    with pytest.raises(InputError, match=r"task notes, document doc-3: \d+ tokens .* window of 2048") as caught:
+        compared(experiment, base, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_flops_follow_the_formula(base: BaseModel) -> None:
-    """A prefill of n tokens costs 2 N n in the layers' matrices, attention, and one row of the output layer."""
-    runtime, ids = Runtime(base), document_ids(base.tokenizer, TEXT)[:60]
-    memory = Memory(text=tuple(ids))
-    counted = flops(lambda: runtime.generate_ids([memory], [runtime.question(0, "Who?")], 1))
-    config = base.model.config
-    before = encode(base.tokenizer, base.prompt.prefix)
-    n = len(ids) + len(before) + len(encode(base.tokenizer, GAP)) + len(runtime.question(0, "Who?").ids)
-    layers = sum(p.numel() for name, p in base.model.named_parameters() if "layers" in name and p.dim() == 2)
-    head = config.hidden_size * config.vocab_size
-    attention = 4 * config.num_hidden_layers * n * n * config.hidden_size
-    assert counted == pytest.approx(2 * layers * n + 2 * head + attention, rel=0.02)
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets a peak of memory")
-def test_peak_memory_is_that_of_the_work(base: BaseModel) -> None:
-    """Forty MiB held while compiling are seen, as memory above what was there before."""
-
-    class Hungry(METHODS["none"]):  # type: ignore[misc, valid-type]
-        held = 0
-
-        def compile(self, *_: Any) -> list[Memory]:
-            held = [torch.ones(2**14) for _ in range(16 * self.held)]  # small pieces, which the allocator keeps
-            return [Memory()] * int(len(held) > -1)
-
-    item = Item("a", "Text.", (Question("Who?", "I", ("I",)),))
-    peaks = {}
-    for size in (0, 40):
-        method = Hungry(base, None)
-        method.held = size
-        peaks[size] = measure_costs(method, None, [item], 2, Runtime(base))["timing"]["peak_mib"]
-    assert 35 < peaks[40] < 80 and peaks[0] < 20
-
-
-def test_break_even() -> None:
-    assert break_even(100.0, 1.0, 0.0, 11.0) == pytest.approx(10.0)
-    assert break_even(100.0, 1.0, 50.0, 11.0) == pytest.approx(5.0)
-    assert break_even(100.0, 11.0, 0.0, 11.0) is None  # never cheaper
-    assert break_even(10.0, 1.0, 50.0, 11.0) == 0.0  # from the first question on
+def test_the_committed_experiments_can_be_read() -> None:
+    found = [read_experiment(path) for path in sorted((Path(__file__).parent.parent / "eval").glob("*.yaml"))]
+    assert found and all(experiment.adapted == "adapted full" for experiment in found)
 
 
 def test_recovered_gain_is_not_divided_by_nothing() -> None:

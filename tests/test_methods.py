@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,6 +219,29 @@ def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> 
     assert divergence(teacher) < 1e-4 < none
     assert mine < 0.8 * none and mine < 0.9 * swapped
     assert distance(own)[1] < 0.95 * distance(Memory())[1] and distance(own)[1] < distance(other)[1]
+
+
+def test_distillation_stops_early_and_keeps_the_best(
+    base: BaseModel, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of the unseen lessons: none, then best at the second check; three worse ones in a row end the training."""
+    kind = METHODS["distillation"]
+    settings = kind.Settings(rank=2, conversations=16, reply_tokens=4, steps=99, check=2, patience=3, batch=4)
+    method = kind(base, settings)
+    score, scored, kept = method._score, iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 0.0]), []
+
+    def told(factors: Any, lessons: Any, layers: Any) -> Any:
+        found = score(factors, lessons, layers)
+        if len(lessons) > 1:  # the distance at the start, over the lessons that are trained on
+            return found
+        kept.append(None if factors is None else next(iter(factors.values()))[1].clone())
+        return next(scored), found[1]
+
+    monkeypatch.setattr(method, "_score", told)
+    (memory,) = method.compile([Document("a", documents[0])])
+    assert len(kept) == 1 + 5 and memory.patch is not None
+    assert torch.equal(next(iter(memory.patch.factors.values()))[1], kept[2][0])
+    assert not torch.equal(kept[2], kept[5])
 
 
 def test_top_k_divergence_equals_the_full_one_when_all_tokens_are_kept() -> None:

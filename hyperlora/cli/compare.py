@@ -21,6 +21,7 @@ def compare(
     base: options.Base = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    local_rank: options.LocalRank = None,
 ) -> None:
     """Run methods on tasks with controls, costs and 95 % intervals; write results.json and a report.
 

@@ -130,6 +130,10 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
             if label not in experiment.methods:
                 hint = nearest(label, experiment.methods)
                 raise InputError(f"{path}: {where}: no method {label!r}; {hint}")
+    if experiment.adapted and experiment.methods[experiment.adapted].type is not AdaptedFull:
+        raise InputError(
+            f"{path}: adapted: {experiment.adapted} does not read with an adapted model; name one that does"
+        )
     for metric in experiment.metrics:
         if metric not in REPLY_METRICS:
             raise InputError(f"{path}: unknown metric {metric!r}; {nearest(metric, REPLY_METRICS)}")

@@ -21,6 +21,7 @@ from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.metrics import TEXT_METRICS, lower_is_better
+from hyperlora.methods.truncation import Truncation
 from hyperlora.tasks import Task
 
 # Values per document, averaged over questions and seeds: [task][method][condition][metric][document id].
@@ -47,7 +48,7 @@ def collect(
                 for metric, found in conditions.get(condition, {}).items():
                     row = {"task": task, "method": method, "condition": condition, "metric": metric}
                     scores.append({**row, **_interval(list(found.values()))})
-            differences += _differences(task, method, methods)
+            differences += _differences(task, method, methods, _rivals(method, experiment))
             gains += _gains(task, method, methods, experiment.adapted)
             flags += _flags(task, method, methods)
     if experiment.adapted is None:
@@ -125,12 +126,18 @@ def _paired(one: dict[str, float], other: dict[str, float]) -> list[tuple[float,
     return [(value, other[document]) for document, value in one.items() if document in other]
 
 
-def _differences(task: str, method: str, methods: dict[str, Any]) -> list[Record]:
-    """The method's own score minus that of none, of the whole document, and of its swapped control."""
+def _rivals(method: str, experiment: Experiment) -> list[str]:
+    """What a method is set against: nothing, the whole document, also for an adapted reader, and its bytes of text."""
+    text = [label for label, spec in experiment.methods.items() if spec.match == method and spec.type is Truncation]
+    adapted = [experiment.adapted] if experiment.adapted else []
+    return [name for name in ("none", "full", *adapted, *text) if name != method]
+
+
+def _differences(task: str, method: str, methods: dict[str, Any], rivals: Sequence[str]) -> list[Record]:
+    """The method's own score minus those of its rivals, and of its swapped control."""
     rows = []
-    others = {"none": methods.get("none"), "full": methods.get("full")}
     for metric, own in methods[method]["own"].items():
-        against = {name: found["own"].get(metric, {}) for name, found in others.items() if found and name != method}
+        against = {name: methods[name]["own"].get(metric, {}) for name in rivals if name in methods}
         against["swapped"] = methods[method]["swapped"].get(metric, {})
         for name, found in against.items():
             pairs = _paired(own, found)

@@ -37,9 +37,10 @@ def _heat_map(task: str, pair: str, metric: str, rows: Sequence[Row], results: d
     down, across = pair.split(BOTH)
     methods = ordered((row["method"] for row in rows), results["methods"])
     cells = {(row["method"], *row["value"].split(BOTH)): row["mean"] for row in rows}
+    spans = {(row["method"], *row["value"].split(BOTH)): bars(row) for row in rows}
     ys, xs = (_sorted({key[place] for key in cells}) for place in (1, 2))
     low, high = (0.0, 1.0) if is_share(metric) else (min(cells.values()), max(cells.values()))
-    figure, axes = panels(len(methods), 1.1 + 0.5 * len(xs), 0.9 + 0.36 * len(ys), columns=3, share=True)
+    figure, axes = panels(len(methods), 1.1 + 0.6 * len(xs), 0.9 + 0.42 * len(ys), columns=3, share=True)
     for panel, method in zip(axes, methods, strict=True):
         values = [[cells.get((method, y, x), float("nan")) for x in xs] for y in ys]
         mesh = panel.pcolormesh(values, cmap="cividis", vmin=low, vmax=high, edgecolors="white", linewidth=1)
@@ -53,14 +54,18 @@ def _heat_map(task: str, pair: str, metric: str, rows: Sequence[Row], results: d
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
                     dark = high > low and (value - low) / (high - low) < 0.55
-                    text = "–" if value != value else f"{value:.2f}"
                     colour = "black" if value != value or not dark else "white"
-                    panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour)
+                    text = "–"
+                    if value == value:
+                        below, above = spans[method, ys[y], xs[x]]
+                        text = f"{value:.2f}\n{value - below:.2f}–{value + above:.2f}"
+                    panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6, color=colour)
     axes[0].invert_yaxis()  # shared by all panels; the start of the document is on top
     figure.supxlabel(short(_NAMES.get(across, across)), fontsize=9)
     figure.supylabel(short(_NAMES.get(down, down)), fontsize=9)
     figure.colorbar(mesh, ax=axes, label=short(metric_label(metric)), shrink=0.9)
-    return Drawing(f"by-{pair}-{metric}", task, f"{task}: {metric_label(metric)} by {down} and {across}", figure)
+    caption = f"{task}: {metric_label(metric)} by {down} and {across}, means with 95 % intervals"
+    return Drawing(f"by-{pair}-{metric}", task, caption, figure)
 
 
 def _lines(task: str, tag: str, metrics: Sequence[str], rows: Sequence[Row], results: dict[str, Any]) -> Drawing:

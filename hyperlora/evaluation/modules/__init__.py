@@ -4,13 +4,13 @@
 laid out as `evaluate` asks; they hold scripts that it copies, not packages to import.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperlora.errors import InputError, nearest
 
-MODULES = ("answer_scores", "bert_score", "perplexity", "rouge_l")
+MODULES = ("answer_nll", "answer_scores", "bert_score", "llm_judge", "perplexity", "rouge_l")
 
 
 def module_path(name: str) -> str:
@@ -30,17 +30,21 @@ def load_metric(name: str) -> Any:
     return evaluate.load(path)
 
 
-def metric(name: str, description: str, compute: Callable[..., dict[str, float]], references: bool = True) -> Any:
-    """A subclass of `evaluate.Metric`: texts as predictions, for each a list of accepted texts as references."""
+def metric(
+    name: str, description: str, compute: Callable[..., dict[str, float]], further: Sequence[str] = ("references",)
+) -> Any:
+    """A subclass of `evaluate.Metric`: a text for each of `predictions` and of the `further` columns, but a list of
+    accepted texts for each of `references`."""
     import datasets
     import evaluate
 
     text = datasets.Value("string")
-    features = {"predictions": text} | ({"references": datasets.Sequence(text)} if references else {})
+    columns = {column: datasets.Sequence(text) if column == "references" else text for column in further}
+    features = datasets.Features({"predictions": text, **columns})
 
     def _info(self: Any) -> Any:
         info = {"description": description, "citation": "", "inputs_description": compute.__doc__ or ""}
-        return evaluate.MetricInfo(**info, features=datasets.Features(features))
+        return evaluate.MetricInfo(**info, features=features)
 
     def _compute(self: Any, **inputs: Any) -> dict[str, float]:
         return compute(**inputs)

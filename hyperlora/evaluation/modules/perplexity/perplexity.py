@@ -13,4 +13,4 @@ def compute(predictions: list[str], base: str | None = None) -> dict[str, float]
     return {"perplexity": value, "nll": math.log(value)}
 
 
-Perplexity = metric("Perplexity", __doc__, compute, references=False)
+Perplexity = metric("Perplexity", __doc__, compute, further=())

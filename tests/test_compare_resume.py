@@ -1,0 +1,150 @@
+"""A comparison that was stopped, killed, cut into shards or changed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperlora.base_model import BaseModel, load_base
+from hyperlora.compare.cache import Cache
+from hyperlora.compare.experiment import read_experiment
+from hyperlora.compare.run import Comparison
+from hyperlora.errors import InputError
+from hyperlora.methods import METHODS
+
+from .comparisons import compared, results
+
+pytest.importorskip("matplotlib")
+
+
+def test_a_killed_comparison_goes_on_to_the_same_results(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared(experiment, base, tmp_path / "whole").report("x")
+    add, left = Cache.add, [0]
+
+    def dying(self: Cache, records: dict[str, Any]) -> None:
+        if left[0] == 0:
+            with self.path.open("ab") as file:  # as far as the process came
+                file.write(b'{"key": "half')
+            raise KeyboardInterrupt
+        left[0] -= 1
+        add(self, records)
+
+    monkeypatch.setattr(Cache, "add", dying)
+    for done in (0, 1, 5, 3):
+        left[0] = done
+        with pytest.raises(KeyboardInterrupt):
+            compared(experiment, base, tmp_path / "killed")
+    monkeypatch.setattr(Cache, "add", add)
+    compared(experiment, base, tmp_path / "killed").report("x")
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    runs: list[str] = []
+    monkeypatch.setattr(METHODS["full"], "compile", lambda *_: runs.append("again"))
+    compared(experiment, base, tmp_path / "killed").report("x")
+    assert runs == []  # nothing is done twice
+
+
+def test_a_process_killed_at_any_time_goes_on_to_the_same_results(
+    experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path
+) -> None:
+    """SIGKILL while it answers, and while it measures costs for the report."""
+    base, generator = tiny_dirs
+    experiment.write_text(experiment.read_text().replace(str(tmp_path / "generator"), generator))
+
+    def run(folder: Path, records: int | None = None) -> None:
+        """To the end, or until there are so many records."""
+        command = ["-m", "hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o", str(folder)]
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        file = folder / "records-whole.jsonl"
+        while records is not None and not (file.exists() and file.read_bytes().count(b"\n") >= records):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        if records is not None:
+            process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == (0 if records is None else -signal.SIGKILL), errors.decode()[-2000:]
+
+    run(tmp_path / "whole")
+    total = (tmp_path / "whole" / "records-whole.jsonl").read_bytes().count(b"\n")
+    for records in (1, total // 2, total - 3):
+        run(tmp_path / "killed", records)
+        assert not (tmp_path / "killed" / "results.json").exists()
+    run(tmp_path / "killed")
+    assert results(tmp_path / "killed") | {"command": ""} == results(tmp_path / "whole") | {"command": ""}
+
+
+def test_shards_add_up_to_the_whole(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    compared(experiment, base, tmp_path / "whole").report("x")
+    parts = compared(experiment, base, tmp_path / "parts", (1, 2))
+    with pytest.raises(InputError, match="documents are not done"):
+        parts.report("x")
+    assert not (tmp_path / "parts" / "results.json").exists()
+    compared(experiment, base, tmp_path / "parts", (2, 2))
+    whole = Comparison(read_experiment(experiment), base, tmp_path / "parts")
+    whole.report("x")
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_every_rank_of_a_launcher_does_a_shard(experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
+    """torchrun with two processes gives the results of one; the first reports."""
+    base, generator = tiny_dirs
+    text = experiment.read_text().replace(str(tmp_path / "generator"), generator)
+    experiment.write_text(text.replace("forgetting_documents: 3", "forgetting_documents: 0"))
+    command = ["-m", "hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *command, str(tmp_path / "ranks")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines().count(str(tmp_path / "ranks" / "results.json")) == 1
+    assert len(list((tmp_path / "ranks").glob("records-?-of-2.jsonl"))) == 2
+    compared(experiment, load_base(base, device="cpu"), tmp_path / "whole").report("x")
+    whole, ranks = results(tmp_path / "whole"), results(tmp_path / "ranks")
+    one, other = ([score["mean"] for score in found["scores"]] for found in (whole, ranks))
+    assert one == pytest.approx(other, abs=1e-3) and len(one) > 50
+
+
+def test_a_changed_method_is_done_again_and_the_rest_is_not(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    compared(experiment, base, tmp_path / "out")
+    before = len(Cache(tmp_path / "out").records)
+    experiment.write_text(experiment.read_text().replace("truncation, match", "truncation, side: tail, match"))
+    comparison = compared(experiment, base, tmp_path / "out")
+    assert len(comparison.cache.records) == before + 5  # the documents of `head`
+
+
+def test_a_changed_document_is_done_again_and_the_rest_is_not(
+    experiment: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """With the one before it, whose swapped control it is."""
+    comparison = compared(experiment, base, tmp_path / "out")
+    group = next(unit for unit, _ in comparison.keyed() if len(unit.items) == 3).items
+    changed, before = group[1].text, set(comparison.cache.records)
+    path = tmp_path / "data.jsonl"
+    path.write_text(path.read_text().replace(changed, changed.replace("Note", "Remark")))
+    new = compared(experiment, base, tmp_path / "out").cache.records
+    documents = [new[key]["document"] for key in set(new) - before if isinstance(new[key], dict)]
+    again = {name: documents.count(name) for name in documents}
+    assert set(again) == {group[0].id, group[1].id}
+    assert set(again.values()) == {4 + 2}  # full, none, patch, head, and two seeds of evicted
+
+
+def test_foreign_folders_are_left_alone(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds no comparison"):
+        compared(experiment, base, folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    compared(experiment, base, tmp_path / "mine").report("x")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").glob("*.json*")}
+    experiment.write_text(experiment.read_text().replace("name: tiny", "name: other"))
+    with pytest.raises(InputError, match="results of experiment 'tiny'"):
+        compared(experiment, base, tmp_path / "mine")
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").glob("*.json*")} == before
