@@ -81,6 +81,17 @@ def test_task_and_items_choose_questions(judge: Run, server: Server, folder: Pat
     assert asked("--task", "squad", "--items", "100") == 7
 
 
+def test_the_requests_fields_can_be_chosen(judge: Run, server: Server, folder: Path) -> None:
+    """For endpoints that refuse the usual ones."""
+    code, _, err = judge(folder, "patch", "full", "--request", '{"max_completion_tokens": 99}')
+    assert code == 0, err
+    assert set(server.bodies[0]) == {"model", "messages", "max_completion_tokens"}
+    assert json.loads((folder / "judge-patch-vs-full.json").read_text())["request"] == {"max_completion_tokens": 99}
+    for wrong in ("temperature=0", "[1]", '{"model": "other"}'):
+        code, _, err = judge(folder, "patch", "full", "--request", wrong)
+        assert code != 0 and one_line(err).endswith("such as {}")
+
+
 def test_methods_meet_on_what_both_were_asked_and_the_result_has_a_plain_name(
     judge: Run, server: Server, folder: Path
 ) -> None:

@@ -18,6 +18,10 @@ def judge(
     second: options.Second,
     endpoint: Annotated[str, typer.Option(help="OpenAI-compatible address, such as http://localhost:8000/v1.")],
     model: Annotated[str, typer.Option(help="The judge, as the endpoint calls it.")],
+    request: Annotated[
+        str | None,
+        typer.Option(help='Further fields of every request, as JSON; default {"temperature": 0, "max_tokens": 512}.'),
+    ] = None,
     task: options.TaskLabel = None,
     items: options.Items = None,
     seed: options.Seed = 0,
@@ -38,15 +42,27 @@ def judge(
     from hyperlora.evaluation.replies import read_comparisons
 
     comparisons = read_comparisons(folder, first, second, task, items)
-    setting = {"methods": [first, second], "judge": model, "task": task, "items": items, "seed": seed}
+    asked = Endpoint(endpoint, model) if request is None else Endpoint(endpoint, model, _fields(request))
+    setting: dict[str, Any] = {"methods": [first, second], "judge": model, "task": task, "items": items, "seed": seed}
+    setting["request"] = dict(asked.options)
     target = output or folder / f"judge-{_file_part(first)}-vs-{_file_part(second)}.json"
     if not target.parent.is_dir():
         raise InputError(f"no directory {target.parent} for the result; make it first")
     check_free(target, force or _holds(target, setting))
-    found = ask(comparisons, Endpoint(endpoint, model), folder / "judge-cache.jsonl", seed, progress="judge")
+    found = ask(comparisons, asked, folder / "judge-cache.jsonl", seed, progress="judge")
     result = setting | found
     write_text(target, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if as_json else f"{summary(result)}, {result['unparsable']} unparsable")
+
+
+def _fields(request: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(request)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict) or {"model", "messages"} & set(fields):
+        raise InputError("--request needs a JSON object of fields besides model and messages, such as {}")
+    return fields
 
 
 def _file_part(label: str) -> str:

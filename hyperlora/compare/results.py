@@ -208,6 +208,7 @@ def _method(
         "settings": spec.settings | ({"match": spec.match} if spec.match else {}),
         "summary": spec.type.summary(),
         "documents": spec.items,
+        "seeds": experiment.seeds_of(label),
         "stored_bytes": statistics.median(r["stored_bytes"] for r in own),
         "resident_bytes": statistics.median(r["resident_bytes"] for r in own),
         "shared_bytes": max(r["shared_bytes"] for r in own),
