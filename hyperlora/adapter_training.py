@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hyperlora import checkpoint
 from hyperlora.base_model import BaseModel
-from hyperlora.checkpoint import Checkpoint
+from hyperlora.checkpoint import Checkpoint, load_moments, save_moments
 from hyperlora.data.items import Item
 from hyperlora.data.mix import Mix
 from hyperlora.errors import InputError
@@ -103,7 +103,8 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
         loaded = checkpoint.load(found)
         if loaded.position["settings"] != settings:
             raise InputError(f"{folder} holds another recipe's run; choose another -o")
-        loaded.restore(adapter, optimizer)
+        loaded.restore(adapter)
+        load_moments(optimizer, found)
         step, mix.state = loaded.position["step"], loaded.position["drawn"]
     bar = tqdm(total=until, initial=step, unit="step", desc=f"learning rate {rate:g}")
     while step < until:
@@ -124,7 +125,13 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
         bar.update()
         if step % recipe.save_every == 0 or step == until:
             position = {"step": step, "drawn": mix.state, "settings": settings}
-            Checkpoint.of(adapter, optimizer, position).save(folder)
+            made = Checkpoint(adapter.state_dict(), position)
+
+            def write(partial: Path, made: Checkpoint = made) -> None:
+                made.write(partial)
+                save_moments(optimizer, partial)
+
+            checkpoint.replace(folder, write)
     bar.close()
     return adapter
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hyperlora import ranks
 from hyperlora.errors import InputError
 
 NAME, OLD, PARTIAL = "checkpoint", "checkpoint.old", "checkpoint.partial"
@@ -20,56 +22,72 @@ _WEIGHTS, _MOMENTS, _POSITION = "generator.safetensors", "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What resuming a run needs: a module's weights, its optimizer's moments, and the position in the run."""
+    """What resuming a run needs besides its optimizer: a module's weights and the position in the run."""
 
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
     position: dict[str, Any]
 
-    @staticmethod
-    def of(module: nn.Module, optimizer: Optimizer, position: dict[str, Any]) -> "Checkpoint":
-        moments = {
-            f"{index}.{name}": value
-            for index, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        }
-        return Checkpoint(module.state_dict(), moments, position)
-
-    def restore(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Put the weights and moments back. Raises InputError when `module` is of another make."""
+    def restore(self, module: nn.Module) -> None:
+        """Put the weights back. Raises InputError when `module` is of another make."""
         try:
             module.load_state_dict(self.weights)
         except RuntimeError as error:
             raise InputError(
                 "the checkpoint does not fit the generator that this version of hyperlora makes; choose another -o"
             ) from error
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in self.moments.items():
+
+    def write(self, folder: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, folder / _WEIGHTS)
+        (folder / _POSITION).write_text(json.dumps(self.position))
+
+
+def save_moments(optimizer: Optimizer, folder: Path) -> None:
+    state = optimizer.state_dict()["state"]
+    save_file({f"{i}.{name}": value for i, found in state.items() for name, value in found.items()}, folder / _MOMENTS)
+
+
+def load_moments(optimizer: Optimizer, folder: Path) -> None:
+    """Raises InputError when they are missing, because another engine wrote the checkpoint, or damaged."""
+    if not (folder / _MOMENTS).exists():
+        raise InputError(f"{folder} was written with DeepSpeed; go on with the same --deepspeed settings")
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        for key, value in load_file(folder / _MOMENTS).items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
 
-    def save(self, run: Path) -> None:
-        """Write checkpoint/ next to the old one, then swap the names: a killed process leaves one of them whole.
 
-        Raises:
-            InputError: the disk cannot be written; the old checkpoint is still there.
-        """
-        partial, final, old = run / PARTIAL, run / NAME, run / OLD
+def replace(run: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder next to the run's checkpoint, then swap the names: a killed process leaves one whole.
+
+    Every process of the run takes part; the first one makes the folder and swaps.
+
+    Raises:
+        InputError: the disk cannot be written; the old checkpoint is still there.
+    """
+    partial, final, old, first = run / PARTIAL, run / NAME, run / OLD, ranks.own() == 0
+    if first:
         shutil.rmtree(partial, ignore_errors=True)
-        try:
+    ranks.wait()
+    try:
+        if first:
             partial.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, partial / _WEIGHTS)
-            save_file(self.moments, partial / _MOMENTS)
-            (partial / _POSITION).write_text(json.dumps(self.position))
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"cannot write {final}: {getattr(error, 'strerror', None) or error}") from error
+        ranks.wait()
+        write(partial)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"cannot write {final}: {getattr(error, 'strerror', None) or error}") from error
+    ranks.wait()
+    if first:
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         os.replace(partial, final)
         shutil.rmtree(old, ignore_errors=True)
+    ranks.wait()
 
 
 def find(run: Path) -> Path | None:
@@ -80,7 +98,10 @@ def find(run: Path) -> Path | None:
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint. Raises InputError when it is damaged."""
     try:
-        position = json.loads((folder / _POSITION).read_text())
-        return Checkpoint(load_file(folder / _WEIGHTS), load_file(folder / _MOMENTS), position)
+        return Checkpoint(load_file(folder / _WEIGHTS), json.loads((folder / _POSITION).read_text()))
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} is damaged ({error}); remove it to start again") from error
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder} is damaged ({error}); remove it to start again")

@@ -22,6 +22,10 @@ class BaseMismatch(HyperloraError):
     code = 4
 
 
+class TrainingDiverged(HyperloraError):
+    """The gradients stopped being finite."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to an error about an unknown `word`: the closest known names, or all of them."""
     names = [str(name) for name in known]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -36,7 +36,13 @@ Clock = dict[str, float]
 
 class Generator(nn.Module):
     """Documents to LoRA factors for one base model. Holds the hypernetwork and the sites' calibration; the frozen
-    base stays outside `state_dict`."""
+    base stays outside `state_dict`.
+
+    Attributes:
+        through: calls the hypernetwork where something stands around it, such as a training engine.
+    """
+
+    through: Callable[..., list[Factors]] | None = None
 
     def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
         super().__init__()
@@ -135,7 +141,7 @@ class Generator(nn.Module):
         features = self.encoder.read(chunks)
         if clock is not None:
             clock["encode"] = clock.get("encode", 0.0) + self._now() - start
-        return self.hypernet(features, self.statistics)
+        return (self.through or self.hypernet)(features, self.statistics)
 
     def _cap(self, factors: list[Factors], rank: int) -> list[Factors]:
         return [

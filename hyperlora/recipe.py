@@ -82,7 +82,13 @@ class Evaluation(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole training run."""
+    """A whole training run.
+
+    Attributes:
+        documents, micro_batches: a step reads `micro_batches` times `documents`. Several processes share out the
+            micro-batches.
+        strength_rate: learning rate of the parameters that set how strong a patch is; None for that of the rest.
+    """
 
     base: str | None = None
     seed: int = 0
@@ -90,6 +96,7 @@ class Recipe(_Strict):
     documents: Positive = 8
     micro_batches: Positive = 1
     learning_rate: float = Field(1e-3, gt=0)
+    strength_rate: float | None = Field(None, gt=0)
     warmup: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, ranks
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
 from hyperlora.data.sources import load
-from hyperlora.errors import HyperloraError, InputError
+from hyperlora.engine import Engine, PlainEngine
+from hyperlora.errors import InputError, TrainingDiverged
 from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
 from hyperlora.generator import Generator
+from hyperlora.hypernet import Factors
 from hyperlora.inject import inject
 from hyperlora.objectives import Row, collate, cross_entropy, kl_from_bare, label_logits
 from hyperlora.prompt import encode
@@ -35,18 +38,27 @@ _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 _CONTINUED = 16  # tokens of text that a continuation row starts from
 
 
-class TrainingDiverged(HyperloraError):
-    """The gradients stopped being finite."""
-
-
 class Trainer:
     """One run of a recipe in a folder: metrics.jsonl, checkpoint/ (generator, optimizer, position), generator/.
 
     Everything random is a function of the seed and of the number of items drawn, so that a resumed run repeats the
-    losses of an uninterrupted one.
+    losses of an uninterrupted one. Several processes share out the micro-batches of a step: their number changes
+    nothing else.
+
+    Args:
+        zero: settings of DeepSpeed; None trains without it.
+
+    Raises:
+        InputError: the micro-batches cannot be shared out, training data is in an evaluation set, or the checkpoint in
+            the folder is of another engine.
     """
 
-    def __init__(self, recipe: Recipe, generator: Generator, folder: Path):
+    def __init__(self, recipe: Recipe, generator: Generator, folder: Path, zero: dict[str, Any] | None = None):
+        if recipe.micro_batches % ranks.count():
+            raise InputError(
+                f"micro_batches is {recipe.micro_batches}, which {ranks.count()} processes cannot share out; make it a "
+                "multiple of their number"
+            )
         self.recipe, self.generator, self.folder = recipe, generator, folder
         self.base = generator.base
         self.mix = Mix(list(recipe.mix), recipe.seed, self.base.tokenizer)
@@ -58,12 +70,25 @@ class Trainer:
         self.evaluation = evaluation_sets(recipe.evaluation, self.base)
         trained = self.mix.documents() + (self.unrelated.items if self.unrelated else [])
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
-        self.optimizer = torch.optim.AdamW(
-            generator.hypernet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
+        self.engine = self._engine(zero)
+        generator.through = self.engine.call
         self.step = 0
         self.unrelated_drawn = 0
         self.skipped = 0
+
+    def _engine(self, zero: dict[str, Any] | None) -> Engine:
+        recipe, hypernet = self.recipe, self.generator.hypernet
+        strength = {id(p) for name, p in hypernet.named_parameters() if name.endswith(hypernet.strengths)}
+        strong = [p for p in hypernet.parameters() if id(p) in strength and recipe.strength_rate is not None]
+        rest = [p for p in hypernet.parameters() if all(p is not other for other in strong)]
+        self.rates = [recipe.learning_rate, *([recipe.strength_rate] if recipe.strength_rate and strong else [])]
+        groups = [{"params": found} for found in (rest, strong) if found]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        if zero is None:
+            return PlainEngine(hypernet, optimizer, recipe.clip)
+        from hyperlora.zero import ZeroEngine
+
+        return ZeroEngine(hypernet, optimizer, zero, checkpoint.find(self.folder))
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +135,8 @@ class Trainer:
         labels = sum(len(row.ids) - row.start for _, rows, _ in micro for row in rows)
         others = sum(len(row.ids) - row.start for _, _, rows in micro for row in rows)
         totals = {"loss": 0.0, "unrelated": 0.0}
-        for items, rows, unrelated in micro:
+        mine = micro[ranks.own() :: ranks.count()]
+        for number, (items, rows, unrelated) in enumerate(mine, 1):
             documents = [self.generator.encoder.tokenize(item.text) for item in items]
             batch = collate(rows, self.base.device)
             factors = self.generator.factors(documents)
@@ -131,20 +157,14 @@ class Trainer:
                     drift = kl_from_bare(model, batch, bare) / others
                     (recipe.unrelated.weight * drift).backward()
                 totals["unrelated"] += float(drift.detach())
-            ends = [pair for path in factors for pair in zip(factors[path], leaves[path], strict=True)]
-            ends = [(tensor, leaf) for tensor, leaf in ends if tensor.requires_grad]
-            torch.autograd.backward([tensor for tensor, _ in ends], [leaf.grad for _, leaf in ends])
-        norm = torch.nn.utils.clip_grad_norm_(self.generator.hypernet.parameters(), recipe.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(recipe.learning_rate, self.step, recipe.warmup, recipe.steps)
-        self.skipped = 0 if torch.isfinite(norm) else self.skipped + 1
-        if self.skipped == 0:
-            self.optimizer.step()
-        elif self.skipped == _PATIENCE:
+            self.engine.backward(_joined(factors, leaves), last=number == len(mine))
+        norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == _PATIENCE:
             raise TrainingDiverged(f"gradients were not finite in {_PATIENCE} steps running; lower learning_rate")
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {**totals, "gradient_norm": float(norm), "labels": labels}
+        losses = dict(zip(totals, ranks.total(list(totals.values())), strict=True))
+        return {**losses, "gradient_norm": norm, "labels": labels}
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -158,12 +178,13 @@ class Trainer:
             stop.append(number)
 
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train")
+        bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
             if self.step == 0:
                 self.save()  # so that a run that dies early can be started again
                 self._evaluate(on_metrics)
-            while self.step < self.recipe.steps and not stop:
+            stopping = False
+            while self.step < self.recipe.steps and not stopping:
                 start = time.perf_counter()
                 metrics = self.train_step()
                 self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
@@ -172,25 +193,33 @@ class Trainer:
                 last = self.step == self.recipe.steps
                 if self.step % self.recipe.evaluation.every == 0 or last:
                     self._evaluate(on_metrics)
-                if self.step % self.recipe.save_every == 0 or last or stop:
+                stopping = ranks.any_of(bool(stop))
+                if self.step % self.recipe.save_every == 0 or last or stopping:
                     self.save()
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if stop:
+        if self.step < self.recipe.steps:
             raise KeyboardInterrupt
-        self.generator.save_pretrained(self.folder / "generator", force=True)
+        with self.engine.whole():
+            if ranks.own() == 0:
+                self.generator.save_pretrained(self.folder / "generator", force=True)
+        ranks.wait()
 
     def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         for name, items in self.evaluation.items():
             scores = score_controls(self.generator, items)
             self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
-            tqdm.write(f"step {self.step} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), sys.stderr)
+            if ranks.own() == 0:
+                tqdm.write(
+                    f"step {self.step} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), sys.stderr
+                )
 
     def _log(self, record: dict[str, Any], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if ranks.own() == 0:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         if on_metrics:
             on_metrics(record)
 
@@ -213,9 +242,17 @@ class Trainer:
             "step": self.step,
             "drawn": self.mix.state,
             "unrelated": self.unrelated_drawn,
+            "layout": self.engine.layout,
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        Checkpoint.of(self.generator, self.optimizer, position).save(self.folder)
+
+        def write(folder: Path) -> None:
+            self.engine.save(folder)
+            with self.engine.whole():
+                if ranks.own() == 0:
+                    Checkpoint(self.generator.state_dict(), position).write(folder)
+
+        checkpoint.replace(self.folder, write)
 
     def resume(self) -> bool:
         """Continue from the folder's checkpoint, if it has one. Raises InputError when it is of another recipe."""
@@ -231,7 +268,9 @@ class Trainer:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
             )
-        loaded.restore(self.generator, self.optimizer)
+        with self.engine.whole():
+            loaded.restore(self.generator)
+        self.engine.load(found)
         self.step, self.mix.state, self.unrelated_drawn = position["step"], position["drawn"], position["unrelated"]
         self._forget_metrics_after(self.step)
         return True
@@ -239,9 +278,15 @@ class Trainer:
     def _forget_metrics_after(self, step: int) -> None:
         """Drop the records of steps that will be repeated."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and ranks.own() == 0:
             whole = path.read_text().split("\n")[:-1]  # a killed process may leave half a line
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+def _joined(factors: dict[str, Factors], leaves: dict[str, Factors]) -> Tensor:
+    """A scalar whose gradient behind `factors` is the one that their `leaves` have gathered."""
+    ends = [pair for path in factors for pair in zip(factors[path], leaves[path], strict=True)]
+    return torch.stack([(end * leaf.grad).sum() for end, leaf in ends if leaf.grad is not None]).sum()
 
 
 def cosine(rate: float, step: int, warmup: int, steps: int) -> float:
@@ -252,8 +297,9 @@ def cosine(rate: float, step: int, warmup: int, steps: int) -> float:
     return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
 
 
-def start(recipe: Recipe, folder: Path, name: str, **base_options: Any) -> Trainer:
-    """A trainer in `folder`, new or where its last checkpoint left it; `base_options` go to `load_base`.
+def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None = None, **base_options: Any) -> Trainer:
+    """A trainer in `folder`, new or where its last checkpoint left it; `base_options` go to `load_base`, `zero` are
+    settings of DeepSpeed.
 
     Raises:
         InputError: the folder holds something else, or another recipe's run.
@@ -269,7 +315,7 @@ def start(recipe: Recipe, folder: Path, name: str, **base_options: Any) -> Train
         generator.name = name
     else:
         generator = Generator(base, recipe.generator, name)
-    trainer = Trainer(recipe, generator, folder)
+    trainer = Trainer(recipe, generator, folder, zero)
     if not trainer.resume() and not recipe.start_from:
         generator.calibrate(calibration_texts(recipe), recipe.calibration.tokens)
     folder.mkdir(parents=True, exist_ok=True)  # last, so that bad input leaves no folder

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hyperlora import checkpoint
 from hyperlora.adapter_training import Adapter, held_out, train_adapter, validation_loss
 from hyperlora.base_model import BaseModel
-from hyperlora.checkpoint import Checkpoint, find, load
+from hyperlora.checkpoint import find, load
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
@@ -64,20 +66,20 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "whole", sweep_steps=5)
-    save, left = Checkpoint.save, [2]
+    save, left = checkpoint.replace, [2]
 
-    def dying(self: Checkpoint, run: Path) -> None:
-        save(self, run)
+    def dying(run: Path, write: Any) -> None:
+        save(run, write)
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoint, "save", dying)
+    monkeypatch.setattr(checkpoint, "replace", dying)
     for saves in (1, 1, 3):
         left[0] = saves
         with pytest.raises(KeyboardInterrupt):
             train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts", sweep_steps=5)
-    monkeypatch.setattr(Checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "replace", save)
     train_adapter(asking, base, [1e-3, 1e-2], tmp_path / "parts", sweep_steps=5)
     assert adapters(tmp_path / "parts") == adapters(tmp_path / "whole")
     for name, step in (("0.001", 5), ("0.01", 12)):  # only the better one is trained to the end

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hyperlora import checkpoint
-from hyperlora.checkpoint import Checkpoint
+from hyperlora.checkpoint import Checkpoint, load_moments, save_moments
 from hyperlora.errors import InputError
 from hyperlora.recipe import Recipe
 from hyperlora.training import start
@@ -88,13 +88,21 @@ def small() -> tuple[nn.Module, torch.optim.Optimizer]:
     return module, optimizer
 
 
+def save(run: Path, module: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, int]) -> None:
+    def write(folder: Path) -> None:
+        Checkpoint(module.state_dict(), position).write(folder)
+        save_moments(optimizer, folder)
+
+    checkpoint.replace(run, write)
+
+
 def test_full_disk_keeps_the_checkpoint(small: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path) -> None:
-    Checkpoint.of(*small, {"step": 1}).save(tmp_path)
+    save(tmp_path, *small, {"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
     try:
         with pytest.raises(InputError, match="cannot write"):
-            Checkpoint.of(*small, {"step": 2}).save(tmp_path)
+            save(tmp_path, *small, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -102,9 +110,13 @@ def test_full_disk_keeps_the_checkpoint(small: tuple[nn.Module, torch.optim.Opti
 
 
 def test_checkpoint_of_another_make(small: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path) -> None:
-    Checkpoint.of(*small, {}).save(tmp_path)
+    module, optimizer = small
+    save(tmp_path, module, optimizer, {})
     loaded = checkpoint.load(tmp_path / "checkpoint")
-    loaded.restore(*small)
-    other = nn.Linear(64, 65)
+    loaded.restore(module)
+    load_moments(optimizer, tmp_path / "checkpoint")
     with pytest.raises(InputError, match="does not fit the generator"):
-        loaded.restore(other, torch.optim.AdamW(other.parameters()))
+        loaded.restore(nn.Linear(64, 65))
+    (tmp_path / "checkpoint" / "optimizer.safetensors").unlink()
+    with pytest.raises(InputError, match="written with DeepSpeed"):
+        load_moments(optimizer, tmp_path / "checkpoint")

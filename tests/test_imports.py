@@ -66,7 +66,7 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool]]:
 def test_every_import_is_declared() -> None:
     required, extras = (
         declared("dependencies"),
-        {module for extra in ("train", "gpu", "eval", "lm-eval") for module in declared(extra)},
+        {module for extra in ("train", "track", "gpu", "eval", "lm-eval") for module in declared(extra)},
     )
     used = set()
     for path in sorted((ROOT / "hyperlora").rglob("*.py")):

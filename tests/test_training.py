@@ -7,9 +7,10 @@ import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.data.overlap import Overlap
-from hyperlora.errors import InputError
+from hyperlora.engine import PlainEngine
+from hyperlora.errors import InputError, TrainingDiverged
 from hyperlora.recipe import Recipe, read_recipe
-from hyperlora.training import Trainer, TrainingDiverged, start
+from hyperlora.training import Trainer, start
 
 from .conftest import losses, make_base, make_generator
 
@@ -50,10 +51,9 @@ def test_micro_batches_divide_by_all_labels(recipe: Recipe, tmp_path: Path) -> N
     for documents, micro in ((6, 1), (3, 2)):
         changed = recipe.model_copy(update={"documents": documents, "micro_batches": micro, "clip": 1e9})
         run = trainer(changed, tmp_path / str(micro))
-        for group in run.optimizer.param_groups:
-            group["lr"] = 0.0
+        assert isinstance(run.engine, PlainEngine)
         caught: list[torch.Tensor] = []
-        run.optimizer.register_step_pre_hook(
+        run.engine.optimizer.register_step_pre_hook(
             lambda o, *_, c=caught: c.extend(p.grad.clone() for g in o.param_groups for p in g["params"])
         )
         run.train_step()
@@ -83,6 +83,15 @@ def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: 
     (tmp_path / "run" / "checkpoint" / "optimizer.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="is damaged"):
         start(recipe, tmp_path / "run", "x")
+
+
+def test_strengths_learn_at_a_rate_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.strength_rate, recipe.learning_rate, recipe.warmup = 1e-1, 1e-9, 0
+    run = trainer(recipe, tmp_path / "run")
+    before = {name: p.clone() for name, p in run.generator.hypernet.named_parameters()}
+    run.train_step()
+    moved = {n for n, p in run.generator.hypernet.named_parameters() if not torch.allclose(p, before[n], atol=1e-6)}
+    assert moved and all(name.endswith(".scale") for name in moved)
 
 
 def test_endless_nan_ends_the_run(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """`hyperlora compare` and `hyperlora methods`: methods against tasks, and which methods there are."""
 
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -28,22 +26,22 @@ def compare(
     What is finished is kept: the same command goes on where it was stopped. Under torchrun or deepspeed every rank does
     a shard, and the first one reports.
     """
+    from hyperlora import ranks
     from hyperlora.base_model import load_base
     from hyperlora.compare.experiment import read_experiment
     from hyperlora.compare.run import Comparison
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and shard is not None:
+    several = ranks.launched() > 1
+    if several and shard is not None:
         raise InputError("--shard is set by the launcher's rank here; leave it out")
-    part = (int(os.environ["RANK"]) + 1, ranks) if ranks > 1 else options.read_shard(shard)
     read = read_experiment(experiment, base)
-    if ranks > 1:
-        _join()
+    ranks.join()
+    part = (ranks.own() + 1, ranks.count()) if several else options.read_shard(shard)
     loaded = load_base(read.base, **loading.base_options(device, dtype, None, False))
     comparison = Comparison(read, loaded, output, part)
     comparison.run()
-    if ranks > 1:
-        _leave()
+    if several:
+        ranks.leave()
         if part[0] > 1:
             return
         comparison = Comparison(read, loaded, output)  # reads what the others did
@@ -52,21 +50,6 @@ def compare(
         return
     for path in comparison.report(f"hyperlora compare {experiment} -o {output}"):
         print(path)
-
-
-def _join() -> None:
-    import torch.distributed
-
-    # One rank may be done days before another.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-
-
-def _leave() -> None:
-    """Wait until all ranks are done."""
-    import torch.distributed
-
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def methods(as_json: options.Json = False) -> None:

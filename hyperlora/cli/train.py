@@ -19,16 +19,38 @@ def train(
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    deepspeed: Annotated[
+        Path | None, typer.Option(help="DeepSpeed settings (JSON), such as ds_configs/zero2.json.")
+    ] = None,
+    trackers: Annotated[
+        list[str], typer.Option("--track", help="tensorboard, wandb or trackio; may be repeated.")
+    ] = [],  # noqa: B006 (typer copies it)
+    local_rank: options.LocalRank = None,
 ) -> None:
     """Train a generator; run the same command again to resume it.
 
-    The folder holds metrics.jsonl, checkpoint/ and, at the end, generator/ for `generate --generator`.
+    The folder holds metrics.jsonl, checkpoint/ and, at the end, generator/ for `generate --generator`. Under torchrun
+    or deepspeed the processes share out the micro-batches of every step.
     """
+    from hyperlora import ranks
     from hyperlora.recipe import read_recipe
+    from hyperlora.trackers import check, track
     from hyperlora.training import start
 
+    check(trackers)
     checked = read_recipe(recipe, base=base, steps=steps, seed=seed)
-    trainer = start(checked, output, recipe.stem, **loading.base_options(device, dtype, None, trust_remote_code))
-    trainer.run()
-    summary = trainer.summary()
-    print(json.dumps(summary) if as_json else summary["generator"])
+    settings = None
+    if deepspeed is None:
+        ranks.join()
+    else:
+        from hyperlora import zero
+
+        zero.join()
+        settings = zero.read_settings(deepspeed, checked)
+    loaded = loading.base_options(device, dtype, None, trust_remote_code)
+    trainer = start(checked, output, recipe.stem, settings, **loaded)
+    trainer.run(track(trackers, output, checked.model_dump(mode="json")) if ranks.own() == 0 else None)
+    if ranks.own() == 0:
+        summary = trainer.summary()
+        print(json.dumps(summary) if as_json else summary["generator"])
+    ranks.leave()

@@ -43,6 +43,8 @@ class Associative(Hypernet):
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
     """
 
+    strengths = (".scale",)
+
     def __init__(
         self,
         sites: list[Site],

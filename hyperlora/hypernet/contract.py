@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -32,7 +33,14 @@ class Features:
 
 
 class Hypernet(nn.Module, ABC):
-    """Maps `Features` and the calibration of each site to LoRA factors whose scale is already folded in."""
+    """Maps `Features` and the calibration of each site to LoRA factors whose scale is already folded in.
+
+    Attributes:
+        strengths: endings of the names of parameters that set how strong a patch is; they may learn at a rate of their
+            own.
+    """
+
+    strengths: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:

@@ -1,0 +1,53 @@
+"""Processes that do one job together, as torchrun and deepspeed start them: which one this is, what they agree on."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def launched() -> int:
+    """How many processes the launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Form the group of all processes that a launcher started. One may be done days before another."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=30))
+
+
+def leave() -> None:
+    """Wait for the others and part."""
+    if dist.is_initialized():
+        wait()
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    any_of(False)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is set in any process."""
+    return total([float(flag)])[0] > 0
+
+
+def total(values: list[float]) -> list[float]:
+    """The sums of numbers over all processes."""
+    if count() == 1:
+        return values
+    summed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.tolist()

@@ -1,0 +1,158 @@
+"""The engine on DeepSpeed's ZeRO (extra `train`): optimizer state, gradients and weights shared out over processes."""
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hyperlora import ranks
+from hyperlora.engine import Engine, set_rates
+from hyperlora.errors import InputError, TrainingDiverged
+from hyperlora.recipe import Recipe
+
+_SHARDS, _UNIVERSAL = "zero", "universal"
+
+
+class ZeroEngine(Engine):
+    """ZeRO stages 0 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054) over the trained module.
+
+    Its checkpoints are DeepSpeed's own (they hold pickles). Those of another number of processes or another stage are
+    read after they were converted to DeepSpeed's universal checkpoint.
+
+    Args:
+        settings: of DeepSpeed, already made to agree with the recipe.
+        resumed: the checkpoint that will be loaded, if there is one.
+
+    Raises:
+        InputError: DeepSpeed is not installed, or the checkpoint has another layout and was not converted.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, settings: dict[str, Any], resumed: Path | None = None):
+        deepspeed = _import()
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        self.layout = {"engine": "deepspeed", "stage": stage, "processes": ranks.count()}
+        self.tag = _SHARDS if resumed is None else self._tag(resumed)
+        if self.tag == _UNIVERSAL:
+            settings = settings | {"checkpoint": {**settings.get("checkpoint", {}), "load_universal": True}}
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.call, self.module, self.optimizer, self.stage = self.engine.__call__, module, optimizer, stage
+        self.gather = deepspeed.zero.GatheredParameters
+
+    def _tag(self, checkpoint: Path) -> str:
+        found = json.loads((checkpoint / "position.json").read_text()).get("layout", {"engine": "plain"})
+        if found["engine"] != "deepspeed":
+            raise InputError(f"{checkpoint} was written without DeepSpeed; go on without --deepspeed")
+        if found == self.layout:
+            return _SHARDS
+        if (checkpoint / _UNIVERSAL).is_dir():
+            return _UNIVERSAL
+        what = f"{found['processes']} process(es) at ZeRO stage {found['stage']}"
+        raise InputError(
+            f"the optimizer state in {checkpoint} is of {what}, this run has {self.layout['processes']} at stage "
+            f"{self.layout['stage']}; convert it with: python -m deepspeed.checkpoint.ds_to_universal "
+            f"--input_folder {checkpoint / _SHARDS} --output_folder {checkpoint / _UNIVERSAL}"
+        )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over processes; the losses are parts of one sum.
+        self.engine.backward(loss * ranks.count(), scale_wrt_gas=False)
+
+    def step(self, rates: Sequence[float]) -> float:
+        set_rates(self.optimizer, rates)
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if norm != norm or norm in (float("inf"), -1.0):
+            raise TrainingDiverged("a gradient was not finite; lower learning_rate and go on from the last checkpoint")
+        return norm
+
+    def whole(self) -> AbstractContextManager[Any]:
+        return self.gather(list(self.module.parameters())) if self.stage == 3 else nullcontext()
+
+    def save(self, folder: Path) -> None:
+        state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        self.engine.save_checkpoint(str(folder), tag=_SHARDS, client_state=state, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag=self.tag)
+        if path is None:
+            raise InputError(f"{folder} holds no optimizer state that DeepSpeed can read; choose another -o")
+
+
+def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's settings from a JSON file, with what the recipe decides filled in.
+
+    Raises:
+        InputError: no JSON object, or a setting that contradicts the recipe.
+    """
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the DeepSpeed settings {path} ({error}); give a JSON file") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no DeepSpeed settings; it needs a JSON object")
+    steps = recipe.micro_batches // ranks.count()
+    decided = {
+        "train_micro_batch_size_per_gpu": recipe.documents,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": recipe.documents * recipe.micro_batches,
+        "gradient_clipping": recipe.clip,
+    }
+    for key, value in decided.items():
+        if settings.get(key, "auto") not in ("auto", value):
+            raise InputError(f"{path}: {key} is {settings[key]}, the recipe says {value}; leave it out or say 'auto'")
+    for key, instead in (
+        ("optimizer", "the recipe's learning_rate and weight_decay"),
+        ("scheduler", "the recipe's warmup and steps"),
+        ("bf16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+        ("fp16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+    ):
+        found = settings.get(key)
+        if found and not (isinstance(found, dict) and found.get("enabled") is False):
+            raise InputError(f"{path}: {key} contradicts the recipe; leave it out and use {instead}")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise InputError(f"{path}: zero_optimization.stage is {stage}; use 0, 1, 2 or 3")
+    # Ours is torch's AdamW, also where the state is offloaded to the CPU.
+    return settings | decided | {"zero_force_ds_cpu_optimizer": False}
+
+
+def join() -> None:
+    """As `ranks.join`, and for a process that no launcher started a group of its own, which DeepSpeed wants."""
+    deepspeed = _import()
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks.join()
+    with redirect_stdout(sys.stderr):
+        deepspeed.init_distributed()
+
+
+def _import() -> Any:
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(logging.WARNING)
+        import deepspeed
+    except ImportError as error:
+        raise InputError('DeepSpeed is not installed; run: pip install "hyperlora[train]"') from error
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    logger.setLevel(logging.WARNING)
+    return deepspeed

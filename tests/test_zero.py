@@ -1,0 +1,132 @@
+"""DeepSpeed in real processes on the CPU: the losses of one process, exact resume, other numbers of processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hyperlora import zero
+from hyperlora.errors import InputError
+from hyperlora.recipe import Recipe
+from hyperlora.training import start
+
+from .conftest import losses
+
+pytest.importorskip("deepspeed")
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+
+
+@pytest.fixture
+def recipe_file(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str]) -> Path:
+    """Two micro-batches, which two processes share out."""
+    recipe.base, recipe.micro_batches, recipe.documents, recipe.strength_rate = tiny_dirs[0], 2, 2, 1e-2
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return path
+
+
+def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, "-m", "hyperlora", "train", *map(str, arguments), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def killed_after(step: int, folder: Path, process: subprocess.Popen[str]) -> None:
+    """All of its processes at once."""
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step}, "loss"' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path, stage: int) -> None:
+    """Two processes; killed and resumed; resumed by one process from the universal checkpoint."""
+    start(recipe, tmp_path / "one", "tiny").run()
+    settings = ["--deepspeed", CONFIGS / f"zero{stage}.json"]
+    out = finished(launch(2, recipe_file, "-o", tmp_path / "two", *settings))
+    assert out.splitlines() == [str(tmp_path / "two" / "generator")]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (load_file(tmp_path / name / "generator" / "model.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two)  # the hypernetwork and its calibration, nothing of the base
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-2, atol=2e-3, msg=name)  # in 16 bits
+
+    run = tmp_path / "run"
+    killed_after(4, run, launch(2, recipe_file, "-o", run, *settings))
+    shutil.copytree(run, tmp_path / "alone")
+    finished(launch(2, recipe_file, "-o", run, *settings))
+    assert losses(run) == losses(tmp_path / "two")
+
+    alone = tmp_path / "alone"
+    refused = launch(1, recipe_file, "-o", alone, *settings)
+    _, err = refused.communicate()
+    assert refused.returncode != 0
+    command = next(line for line in err.splitlines() if "hyperlora: error:" in line).split("convert it with: ")[1]
+    subprocess.run([sys.executable, *command.split()[1:]], check=True, capture_output=True)
+    finished(launch(1, recipe_file, "-o", alone, *settings))
+    assert losses(alone) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
+    start(recipe, tmp_path / "one", "tiny").run()
+    finished(launch(2, recipe_file, "-o", tmp_path / "two"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    for settings, message in (
+        ({"train_batch_size": 99}, "train_batch_size is 99, the recipe says 3"),
+        ({"gradient_clipping": 9}, "gradient_clipping is 9, the recipe says 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer contradicts the recipe"),
+        ({"bf16": {"enabled": True}}, "--dtype bfloat16"),
+        ({"zero_optimization": {"stage": 7}}, "use 0, 1, 2 or 3"),
+        ([], "needs a JSON object"),
+    ):
+        path.write_text(json.dumps(settings))
+        with pytest.raises(InputError, match=message):
+            zero.read_settings(path, recipe)
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot read the DeepSpeed settings"):
+        zero.read_settings(path, recipe)
+    path.write_text(json.dumps({"bf16": {"enabled": False}, "train_batch_size": 3}))
+    assert zero.read_settings(path, recipe)["gradient_clipping"] == recipe.clip
+
+
+def test_shipped_settings_are_valid(recipe: Recipe) -> None:
+    found = {path.stem: zero.read_settings(path, recipe) for path in sorted(CONFIGS.glob("*.json"))}
+    assert {name: settings["zero_optimization"]["stage"] for name, settings in found.items()} == {
+        "zero1": 1,
+        "zero2": 2,
+        "zero3": 3,
+        "zero3_offload": 3,
+    }
+
+
+def test_micro_batches_must_fit_the_processes(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("micro_batches: 2", "micro_batches: 3"))
+    refused = launch(2, recipe_file, "-o", tmp_path / "other")
+    _, err = refused.communicate()
+    assert refused.returncode != 0 and "micro_batches is 3, which 2 processes cannot share out" in err
+    assert not (tmp_path / "other").exists()
