@@ -53,7 +53,8 @@ CONFIGS = {
     "phi3": lambda v: Phi3Config(vocab_size=v, num_key_value_heads=2, pad_token_id=0, **_COMMON),
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=4, n_head=4, n_positions=512),
 }
-OPTIONS = {"width": 16, "depth": 1, "heads": 2}
+_SMALL = {"width": 16, "depth": 1, "heads": 2}
+OPTIONS = {"associative": _SMALL, "perceiver": {**_SMALL, "latents": 3, "fixed_ranks": 2}}
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
@@ -84,12 +85,13 @@ def make_base(kind: str = "llama", seed: int = 0, chat: bool = True) -> BaseMode
     return BaseModel(f"tiny-{kind}", model, tokenizer)
 
 
-def make_generator(base: BaseModel, **settings: object) -> Generator:
+def make_generator(base: BaseModel, hypernet: str = "associative", **settings: object) -> Generator:
     torch.manual_seed(1)
-    settings = {"layers": [1, 3], "rank": 6, "moment_directions": 4, "options": OPTIONS, **settings}
-    generator = Generator(base, GeneratorConfig(**settings), "tiny")
+    settings = {"layers": [1, 3], "rank": 6, "moment_directions": 4, "options": OPTIONS[hypernet], **settings}
+    generator = Generator(base, GeneratorConfig(hypernet=hypernet, **settings), "tiny")
     generator.calibrate([TEXT, TEXT[::-1]])
-    for value in [*generator.hypernet.copy, *generator.hypernet.point]:  # leave the zero initialisation
+    values = [*generator.hypernet.copy, *generator.hypernet.point] if hypernet == "associative" else []
+    for value in values:  # leave the zero initialisation
         torch.nn.init.normal_(value.learned.weight)
         torch.nn.init.normal_(value.gate.weight, std=0.1)
     return generator.eval()
@@ -144,7 +146,7 @@ def recipe(tmp_path: Path) -> Recipe:
             "save_every": 3,
             "warmup": 1,
             "learning_rate": 3e-3,
-            "generator": {"layers": [1, 3], "rank": 8, "moment_directions": 4, "options": OPTIONS},
+            "generator": {"layers": [1, 3], "rank": 8, "moment_directions": 4, "options": OPTIONS["associative"]},
             "calibration": {"sources": text, "texts": 2, "tokens": 64},
             "mix": [
                 {"task": "facts", "facts": [2, 3]},

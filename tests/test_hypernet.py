@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from hyperlora.base_model import BaseModel
-from hyperlora.hypernet import HYPERNETS
+from hyperlora.errors import InputError
+from hyperlora.hypernet import HYPERNETS, Perceiver
 from hyperlora.hypernet.associative import compete, strongest
+from hyperlora.patch import Patch
+from hyperlora.structure import Site
 
-from .conftest import OPTIONS, make_base, make_generator
+from .conftest import OPTIONS, TEXT, make_base, make_generator
 from .test_statistics import fitted
 
 
@@ -25,6 +30,17 @@ def test_contract(any_base: BaseModel, documents: list[str], name: str) -> None:
     loss.backward()
     silent = [n for n, p in generator.hypernet.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+@pytest.mark.parametrize("name", sorted(HYPERNETS))
+def test_patches_load(base: BaseModel, documents: list[str], name: str, tmp_path: Path) -> None:
+    generator = make_generator(base, hypernet=name)
+    patch = generator.generate(documents[0])
+    patch.save(tmp_path / "patch")
+    loaded = Patch.load(tmp_path / "patch")
+    loaded.check(base.model)
+    for site in generator.sites:
+        torch.testing.assert_close(loaded.factors[site.path], patch.factors[site.path])
 
 
 def test_competing_slots_are_the_ridge_solution() -> None:
@@ -48,8 +64,8 @@ def test_the_strongest_tokens_point_whatever_the_padding() -> None:
 
 def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: list[str]) -> None:
     base, few = make_base(), 12
-    free = make_generator(base, options={**OPTIONS, "pointers": 500})
-    capped = make_generator(base, options={**OPTIONS, "pointers": few})
+    free = make_generator(base, options={**OPTIONS["associative"], "pointers": 500})
+    capped = make_generator(base, options={**OPTIONS["associative"], "pointers": few})
     for text, same in ((documents[0][:25], True), (documents[0], False)):
         ids = free.encoder.tokenize(text)
         assert (len(ids) <= few) is same
@@ -61,3 +77,56 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
     alone = capped.factors([capped.encoder.tokenize(documents[1])])
     for path, (a, b) in alone.items():
         torch.testing.assert_close((with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_latents_do_not_grow_with_the_document(base: BaseModel, documents: list[str]) -> None:
+    """Nor does the number of ranks, and the activations of typical inputs start at order 1."""
+    generator = make_generator(base, hypernet="perceiver")
+    hypernet, encoder = generator.hypernet, generator.encoder
+    assert isinstance(hypernet, Perceiver)
+    short, long = encoder.read([encoder.tokenize(documents[0][:9])]), encoder.read([encoder.tokenize(TEXT)])
+    for features in (short, long):
+        latents = hypernet.read(features)
+        assert latents.shape == (1, 2, 3, 16)
+        torch.testing.assert_close(latents.norm(dim=-1), torch.ones(1, 2, 3))
+        for x, (a, _) in zip(long.inputs, hypernet(features, generator.statistics), strict=True):
+            assert a.shape[1] == 5
+            assert 0.2 < float((x[0] @ a[0].T).detach().square().mean().sqrt()) < 1.5
+
+
+def test_fixed_ranks_are_the_same_for_all_documents_and_can_be_left_out(base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(base, hypernet="perceiver")
+    features = generator.encoder.read([generator.encoder.tokenize(text) for text in documents])
+    for a, b in generator.hypernet(features, generator.statistics):
+        for ranks in (a, b.mT):  # (documents, ranks, width): three read from the document, then two fixed
+            assert torch.equal(ranks[0, 3:], ranks[1, 3:]) and ranks[0, 3:].any()
+            assert (ranks[0, :3] - ranks[1, :3]).abs().amax(dim=-1).min() > 0
+    none = make_generator(base, hypernet="perceiver", options={**OPTIONS["perceiver"], "fixed_ranks": 0})
+    assert [a.shape[1] for a, _ in none.hypernet(features, none.statistics)] == [3, 3]
+
+
+def test_output_scales_size_the_patch_linearly(base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(base, hypernet="perceiver")
+    features = generator.encoder.read([generator.encoder.tokenize(documents[0])])
+    before = generator.hypernet(features, generator.statistics)
+    assert isinstance(generator.hypernet, Perceiver)
+    generator.hypernet.output_scale.data *= torch.tensor([[3.0], [1.0]])
+    for factor, (a, b), (scaled_a, scaled_b) in zip(
+        (3.0, 1.0), before, generator.hypernet(features, generator.statistics), strict=True
+    ):
+        torch.testing.assert_close(scaled_b @ scaled_a, factor * (b @ a))
+
+
+@pytest.mark.parametrize(
+    ("options", "d_out", "message"),
+    [
+        ({"heads": 3}, 32, "heads .3. must divide width .16."),
+        ({"latents": 0}, 32, "latents .0. must be at least 1"),
+        ({"fixed_ranks": -1}, 32, "fixed_ranks .-1. must be at least 0"),
+        ({"scale": 0.0}, 32, "scale .0.0. must be positive"),
+        ({}, 48, "layers.1.up_proj does not"),
+    ],
+)
+def test_options_the_perceiver_cannot_use(options: dict[str, float], d_out: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Perceiver([Site("layers.1.up_proj", 1, 48, d_out)], 32, **{**OPTIONS["perceiver"], **options})  # type: ignore[arg-type]

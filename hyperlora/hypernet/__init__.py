@@ -2,7 +2,8 @@
 
 from hyperlora.hypernet.associative import Associative
 from hyperlora.hypernet.contract import Factors, Features, Hypernet
+from hyperlora.hypernet.perceiver import Perceiver
 
-HYPERNETS: dict[str, type[Hypernet]] = {"associative": Associative}
+HYPERNETS: dict[str, type[Hypernet]] = {"associative": Associative, "perceiver": Perceiver}
 
-__all__ = ["HYPERNETS", "Associative", "Factors", "Features", "Hypernet"]
+__all__ = ["HYPERNETS", "Associative", "Factors", "Features", "Hypernet", "Perceiver"]

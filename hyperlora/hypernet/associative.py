@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperlora.errors import InputError
+from hyperlora.hypernet.blocks import Block
 from hyperlora.hypernet.contract import Factors, Features, Hypernet
 from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
@@ -69,7 +70,7 @@ class Associative(Hypernet):
             raise InputError(f"options of the hypernet associative: reach ({reach}) must be greater than 1")
         self.pointers = pointers
         self.mix = nn.Linear(4 * d_model, width)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
         self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
@@ -148,21 +149,3 @@ class _Value(nn.Module):
 
     def forward(self, z: Tensor, words: Tensor) -> Tensor:
         return self.strength(z) * (self.scale * words + self.step * self.learned(z))
-
-
-class _Block(nn.Module):
-    """Pre-norm bidirectional transformer block; the hidden states it reads already know their positions."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(self.norm_attention(z)), "b t (three h w) -> three b h t w", three=3, h=self.heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        z = z + self.out(rearrange(mixed, "b h t w -> b t (h w)"))
-        return z + self.mlp(self.norm_mlp(z))
