@@ -108,7 +108,7 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
         step, mix.state = loaded.position["step"], loaded.position["drawn"]
     bar = tqdm(total=until, initial=step, unit="step", desc=f"learning rate {rate:g}")
     while step < until:
-        items = [item for item, _ in (mix.draw() for _ in range(recipe.documents)) if not held_out(item)]
+        items = [item for item, _ in (mix.draw(step) for _ in range(recipe.documents)) if not held_out(item)]
         rows = _rows(base, items)
         if rows:
             for group in optimizer.param_groups:

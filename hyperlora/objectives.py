@@ -1,6 +1,7 @@
-"""Losses of a patched student: cross-entropy on replies and text, KL to the bare model on unrelated text."""
+"""Losses of a patched student: cross-entropy on replies and text, KL to a teacher that has the document in its prompt,
+distance from the teacher's hidden states, and KL to the bare model on unrelated text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +13,43 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence for the student: the patch of `document` is on, tokens from `start` are labels."""
+    """One sequence for the student: the patch of `document` is on, tokens from `start` are labels.
+
+    Attributes:
+        likeliest: of a teacher, for every label its k likeliest tokens and their log-probabilities (labels, k), and the
+            weight of the label (labels,).
+        told: the sequence of the teacher, which has the document in its prompt and ends with the same labels.
+    """
 
     document: int
     ids: list[int]
     start: int
+    likeliest: tuple[Tensor, Tensor, Tensor] | None = None
+    told: list[int] | None = None
+
+    @property
+    def labels(self) -> int:
+        return len(self.ids) - self.start
 
 
 @dataclass
 class Batch:
     """Padded rows. ids, labelled: (rows, tokens), `labelled` at positions that predict a label; targets: (labels,),
-    the labels in row order; documents: (rows,)."""
+    the labels in row order; documents: (rows,).
+
+    Attributes:
+        taught: (labels,) bool, at labels for which a teacher's opinion is known; `top_ids`, `top_log_probs`
+            (taught labels, k) and `weight` (taught labels,) are that opinion.
+    """
 
     ids: Tensor
     labelled: Tensor
     targets: Tensor
     documents: Tensor
+    taught: Tensor
+    top_ids: Tensor
+    top_log_probs: Tensor
+    weight: Tensor
 
 
 def collate(rows: list[Row], device: torch.device) -> Batch:
@@ -38,9 +60,20 @@ def collate(rows: list[Row], device: torch.device) -> Batch:
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
         labelled[index, row.start - 1 : len(row.ids) - 1] = True
-    targets = ids[:, 1:][labelled[:, :-1]]
-    documents = torch.tensor([row.document for row in rows])
-    return Batch(ids.to(device), labelled.to(device), targets.to(device), documents.to(device))
+    told = [row.likeliest for row in rows if row.likeliest is not None]
+    parts = zip(*told, strict=True) if told else ([torch.zeros(0, 1).long()], [torch.zeros(0, 1)], [torch.zeros(0)])
+    top_ids, top_log_probs, weight = (torch.cat(list(part)).to(device) for part in parts)
+    taught = torch.tensor([row.likeliest is not None for row in rows for _ in range(row.labels)], dtype=torch.bool)
+    return Batch(
+        ids=ids.to(device),
+        labelled=labelled.to(device),
+        targets=ids[:, 1:][labelled[:, :-1]].to(device),
+        documents=torch.tensor([row.document for row in rows], device=device),
+        taught=taught.to(device),
+        top_ids=top_ids,
+        top_log_probs=top_log_probs,
+        weight=weight,
+    )
 
 
 @contextmanager
@@ -68,6 +101,41 @@ def cross_entropy(model: Any, batch: Batch) -> Tensor:
     return F.cross_entropy(label_logits(model, batch), batch.targets, reduction="sum")
 
 
+def reply_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Sum over labels, nats: where a teacher's opinion is known the weighted KL divergence from it, elsewhere the
+    negative log-likelihood. `logits` (labels, vocabulary)."""
+    plain = F.cross_entropy(logits[~batch.taught], batch.targets[~batch.taught], reduction="sum")
+    if not len(batch.weight):
+        return plain
+    return plain + (batch.weight * top_k_kls(logits[batch.taught], batch.top_ids, batch.top_log_probs)).sum()
+
+
+@contextmanager
+def states(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside the block, what the decoder layers put out at the last forward pass, (rows, tokens, d_model)."""
+    found: dict[int, Tensor] = {}
+
+    def keeper(layer: int) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            found[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def state_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of hidden states (layers, tokens, d_model), a scalar: the mean over layers, each in units of how
+    much the teacher's states vary from token to token, so that channels that are large everywhere do not count."""
+    spread = (teacher - teacher.mean(1, keepdim=True)).square().sum((1, 2)).clamp_min(1e-6)
+    return ((student - teacher).square().sum((1, 2)) / spread).mean()
+
+
 def kl_from_bare(model: Any, batch: Batch, bare: Tensor) -> Tensor:
     """Sum over positions of KL(bare || patched), nats; `bare` are the bare model's logits at the same positions."""
     patched = F.log_softmax(label_logits(model, batch), dim=-1)
@@ -75,7 +143,12 @@ def kl_from_bare(model: Any, batch: Batch, bare: Tensor) -> Tensor:
 
 
 def top_k_kl(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student), nats, from the teacher's likeliest tokens.
+    """Sum over positions of `top_k_kls`."""
+    return top_k_kls(logits, ids, log_probs).sum()
+
+
+def top_k_kls(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(teacher || student) at each position, nats, from the teacher's likeliest tokens; (positions,).
 
     What the teacher leaves to all other tokens is compared as one outcome, so that the divergence is zero only where
     the student gives the same total to them.
@@ -86,7 +159,7 @@ def top_k_kl(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     """
     student = F.log_softmax(logits, dim=-1).gather(1, ids)
     rest = 1 - log_probs.exp().sum(-1)
-    likely = (log_probs.exp() * (log_probs - student)).sum()
+    likely = (log_probs.exp() * (log_probs - student)).sum(-1)
     small = 1e-6
     student_rest = (1 - student.exp().sum(-1)).clamp_min(small)
-    return likely + (rest.clamp_min(small) * (rest.clamp_min(small).log() - student_rest.log())).sum()
+    return likely + rest.clamp_min(small) * (rest.clamp_min(small).log() - student_rest.log())

@@ -25,30 +25,38 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class FactsTask(_Strict):
+class _Task(_Strict):
+    """`weight`: how often the task is drawn; `from_step`, `to_step`: only in these steps, for a curriculum."""
+
+    weight: float = Field(1.0, gt=0)
+    from_step: int = Field(0, ge=0)
+    to_step: Positive | None = None
+
+    def drawn_in(self, step: int) -> bool:
+        return self.from_step <= step and (self.to_step is None or step < self.to_step)
+
+
+class FactsTask(_Task):
     """Invented facts; `facts` is the least and largest number in a document, `questions` how many are asked."""
 
     task: Literal["facts"]
-    weight: float = Field(1.0, gt=0)
     facts: Range = (2, 2)
     questions: Positive = 2
 
 
-class QATask(_Strict):
+class QATask(_Task):
     """Questions about documents of at most `max_tokens` from SQuAD-style sources."""
 
     task: Literal["qa"]
-    weight: float = Field(1.0, gt=0)
     sources: list[str]
     max_tokens: Positive = 200
     questions: Positive = 1
 
 
-class TextTask(_Strict):
+class TextTask(_Task):
     """Reconstruction of a piece of plain text (`tokens`: least and largest length) and its continuation."""
 
     task: Literal["text"]
-    weight: float = Field(1.0, gt=0)
     sources: list[str]
     tokens: Range = (48, 160)
     following: Positive = 48
@@ -61,6 +69,23 @@ class Unrelated(_Strict):
     tokens: Positive = 64
     weight: float = Field(1.0, ge=0)
     share: float = Field(1.0, ge=0, le=1)
+
+
+class Teacher(_Strict):
+    """What the base says with the document in its prompt, as a target.
+
+    Attributes:
+        corpora: folders of `hyperlora teach`. Questions that are found there are trained on the teacher's reply and its
+            likeliest tokens, all others on their own reply.
+        contrast: weight of a taught token is 1 + `contrast` times the nats that the document is worth to it (0 to 5).
+        hidden: weight of the distance from the teacher's hidden states at the labels of all questions, behind
+            `hidden_layers` evenly spread layers; the teacher reads anew in every step.
+    """
+
+    corpora: list[str] = []
+    contrast: float = Field(default=0.0, ge=0)
+    hidden: float = Field(default=0.0, ge=0)
+    hidden_layers: Positive = 4
 
 
 class Calibration(_Strict):
@@ -106,7 +131,16 @@ class Recipe(_Strict):
     calibration: Calibration
     mix: list[Annotated[FactsTask | QATask | TextTask, Field(discriminator="task")]] = Field(min_length=1)
     unrelated: Unrelated | None = None
+    teacher: Teacher = Teacher()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _no_gap(self) -> "Recipe":
+        ends = {0, *(task.from_step for task in self.mix), *(task.to_step or 0 for task in self.mix)}
+        for step in sorted(end for end in ends if end < self.steps):
+            if not any(task.drawn_in(step) for task in self.mix):
+                raise ValueError(f"no task of the mix is drawn in step {step}; change from_step or to_step")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Recipe":
@@ -137,6 +171,7 @@ def _keys(where: tuple[int | str, ...]) -> list[str]:
         "generator": GeneratorConfig,
         "calibration": Calibration,
         "unrelated": Unrelated,
+        "teacher": Teacher,
         "evaluation": Evaluation,
         "facts": FactsTask,
         "qa": QATask,

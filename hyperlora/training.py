@@ -17,7 +17,6 @@ from tqdm import tqdm
 from hyperlora import checkpoint, ranks
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
-from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
 from hyperlora.data.sources import load
@@ -28,14 +27,12 @@ from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
 from hyperlora.generator import Generator
 from hyperlora.hypernet import Factors
-from hyperlora.inject import inject
-from hyperlora.objectives import Row, collate, cross_entropy, kl_from_bare, label_logits
-from hyperlora.prompt import encode
+from hyperlora.objectives import Row
 from hyperlora.recipe import Recipe
+from hyperlora.student import Student
 
 _FREE = ("evaluation", "save_every", "steps")  # what a resumed recipe may change
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
-_CONTINUED = 16  # tokens of text that a continuation row starts from
 
 
 class Trainer:
@@ -67,6 +64,7 @@ class Trainer:
             if recipe.unrelated
             else None
         )
+        self.student = Student(self.base, recipe, generator.encoder.sink)
         self.evaluation = evaluation_sets(recipe.evaluation, self.base)
         trained = self.mix.documents() + (self.unrelated.items if self.unrelated else [])
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
@@ -92,71 +90,43 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, index: int, item: Item, rng: random.Random) -> list[Row]:
-        """Student rows of one document: its questions, else its own text and what follows it."""
-        base, tokenizer = self.base, self.base.tokenizer
-        rows = []
-        for question in item.questions:
-            prompt = base.prompt.prompt_ids(tokenizer, question.text)
-            rows.append(Row(index, prompt + base.prompt.answer_ids(tokenizer, question.reply), len(prompt)))
-        if not item.questions:
-            sink, own = self.generator.encoder.sink, encode(tokenizer, item.text)
-            following = encode(tokenizer, item.following)
-            begin = rng.randrange(max(1, len(own) - _CONTINUED - 48))
-            piece = own[begin : begin + _CONTINUED + 48]
-            rows.append(Row(index, sink + piece, len(sink) + min(4, len(piece) - 1)))
-            if following:
-                rows.append(Row(index, sink + own[-_CONTINUED:] + following, len(sink) + len(own[-_CONTINUED:])))
-        return rows
-
-    def _unrelated_rows(self, documents: int) -> list[Row]:
+    def _unrelated_rows(self) -> list[Row]:
+        """Text that has nothing to do with the documents, for a share of them."""
         if self.unrelated is None or self.recipe.unrelated is None:
             return []
         setting, rows = self.recipe.unrelated, []
-        for index in range(documents):
+        for index in range(self.recipe.documents):
             item, rng = self.unrelated.draw(self.unrelated_drawn)
             self.unrelated_drawn += 1
-            if rng.random() >= setting.share:
-                continue
-            text, _ = window(self.base.tokenizer, item.text, rng, setting.tokens, 0)
-            sink = self.generator.encoder.sink
-            rows.append(Row(index, sink + encode(self.base.tokenizer, text), len(sink) + 1))
-        return [row for row in rows if len(row.ids) > row.start]
+            if rng.random() < setting.share:
+                text, _ = window(self.base.tokenizer, item.text, rng, setting.tokens, 0)
+                rows.append(self.student.text(index, text))
+        return [row for row in rows if row.labels > 0]
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over `micro_batches` batches; returns its metrics (losses in nats per token)."""
-        recipe, model = self.recipe, self.base.model
+        recipe = self.recipe
         micro = []
         for _ in range(recipe.micro_batches):
-            drawn = [self.mix.draw() for _ in range(recipe.documents)]
-            rows = [row for index, (item, rng) in enumerate(drawn) for row in self._rows(index, item, rng)]
-            micro.append(([item for item, _ in drawn], rows, self._unrelated_rows(recipe.documents)))
+            drawn = [self.mix.draw(self.step) for _ in range(recipe.documents)]
+            rows = [row for index, (item, rng) in enumerate(drawn) for row in self.student.rows(index, item, rng)]
+            micro.append(([item for item, _ in drawn], rows, self._unrelated_rows()))
         # Divided by the labels of all micro-batches, so that the split changes nothing.
-        labels = sum(len(row.ids) - row.start for _, rows, _ in micro for row in rows)
-        others = sum(len(row.ids) - row.start for _, _, rows in micro for row in rows)
-        totals = {"loss": 0.0, "unrelated": 0.0}
+        labels = sum(row.labels for _, rows, _ in micro for row in rows)
+        others = sum(row.labels for _, _, rows in micro for row in rows)
+        totals = {"loss": 0.0, "unrelated": 0.0} | ({"hidden": 0.0} if self.student.matched else {})
         mine = micro[ranks.own() :: ranks.count()]
         for number, (items, rows, unrelated) in enumerate(mine, 1):
-            documents = [self.generator.encoder.tokenize(item.text) for item in items]
-            batch = collate(rows, self.base.device)
-            factors = self.generator.factors(documents)
+            factors = self.generator.factors([self.generator.encoder.tokenize(item.text) for item in items])
             # Leaves in the place of A and B: each loss runs backward inside its own injection, which activation
             # checkpointing needs, and the graph behind the factors is walked once.
             leaves = {
                 path: (a.detach().requires_grad_(), b.detach().requires_grad_()) for path, (a, b) in factors.items()
             }
-            with inject(model, leaves, batch.documents):
-                task = cross_entropy(model, batch) / labels
-                task.backward()
-            totals["loss"] += float(task.detach())
-            if unrelated and recipe.unrelated:
-                batch = collate(unrelated, self.base.device)
-                with torch.no_grad():
-                    bare = label_logits(model, batch)
-                with inject(model, leaves, batch.documents):
-                    drift = kl_from_bare(model, batch, bare) / others
-                    (recipe.unrelated.weight * drift).backward()
-                totals["unrelated"] += float(drift.detach())
+            for name, loss in self.student.losses(leaves, rows, labels).items():
+                totals[name] += loss
+            if unrelated:
+                totals["unrelated"] += self.student.drift(leaves, unrelated, others)
             self.engine.backward(_joined(factors, leaves), last=number == len(mine))
         norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1

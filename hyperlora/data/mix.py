@@ -107,15 +107,16 @@ class Mix:
                 self.streams.append(QAStream(task, own, tokenizer))
             else:
                 self.streams.append(TextStream(task, own, tokenizer))
-        self.weights = [task.weight for task in tasks]
+        self.tasks = tasks
         self.seed = seed
         self.state = [0] * len(tasks)
 
-    def draw(self) -> tuple[Item, random.Random]:
-        """The next item and a random generator of its own."""
+    def draw(self, step: int = 0) -> tuple[Item, random.Random]:
+        """The next item, of a task that is drawn in this step, and a random generator of its own."""
         total = sum(self.state)
         rng = random.Random(f"{self.seed}/mix/{total}")
-        index = rng.choices(range(len(self.streams)), self.weights)[0]
+        weights = [task.weight if task.drawn_in(step) else 0.0 for task in self.tasks]
+        index = rng.choices(range(len(self.streams)), weights)[0]
         item = self.streams[index].item(self.state[index])
         self.state[index] += 1
         return item, rng

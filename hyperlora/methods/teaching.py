@@ -1,17 +1,15 @@
 """What a teacher that sees the document makes of a conversation, and how far a student without it is from that."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperlora.base_model import BaseModel
 from hyperlora.inject import Factors
 from hyperlora.methods.self_study import Conversation
-from hyperlora.objectives import top_k_kl
+from hyperlora.objectives import states, top_k_kl
 from hyperlora.packing import pack
 from hyperlora.prompt import GAP, encode
 from hyperlora.session import Session
@@ -54,10 +52,10 @@ def teach(
             counts = [len(reply) for _, reply in parts]
             lengths = [len(question) + len(reply) - 1 for question, reply in parts]
             told = zip(parts, ids.split(counts), values.split(counts), hidden.split(lengths, dim=1), strict=True)
-            for number, ((question, reply), likely, log_probs, states) in zip(
+            for number, ((question, reply), likely, log_probs, read_states) in zip(
                 numbers[first : first + batch], told, strict=True
             ):
-                lessons[number] = Lesson(question, reply, likely, log_probs, states)
+                lessons[number] = Lesson(question, reply, likely, log_probs, read_states)
     return [lesson for lesson in lessons if lesson is not None]
 
 
@@ -83,26 +81,9 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Logits (reply tokens, vocabulary) and hidden states (layers, tokens of all parts, d_model), both float32."""
     packed = pack(prefix, parts, base.device)
-    with Session(base, 1, factors=factors, cached=False) as session, _outputs(base.model, layers) as found:
+    with (
+        Session(base, 1, factors=factors, cached=False) as session,
+        states(decoder_layers(base.model)[1], layers) as found,
+    ):
         logits = packed.logits(session)
     return logits, torch.stack([found[layer][0, len(prefix) :].float() for layer in layers])
-
-
-@contextmanager
-def _outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside the block, what the decoder layers put out at the last forward pass."""
-    found: dict[int, Tensor] = {}
-
-    def keeper(layer: int) -> Any:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    blocks = decoder_layers(model)[1]
-    handles = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,126 @@
+"""The student of a training run: what it is asked with a patch on, and how far it is from what it should say."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperlora.base_model import BaseModel
+from hyperlora.data.items import Item
+from hyperlora.data.teacher import TeacherCorpus
+from hyperlora.inject import Factors, inject
+from hyperlora.objectives import (
+    Row,
+    collate,
+    kl_from_bare,
+    label_logits,
+    reply_loss,
+    state_distance,
+    states,
+)
+from hyperlora.prompt import encode
+from hyperlora.recipe import Recipe
+from hyperlora.structure import decoder_layers
+
+_CONTINUED = 16  # tokens of text that a continuation row starts from
+
+
+class Student:
+    """The frozen base with patches on.
+
+    Args:
+        sink: the tokens that a text without a chat format starts with.
+
+    Raises:
+        InputError: a teacher's corpus cannot be read, or is of another base.
+    """
+
+    def __init__(self, base: BaseModel, recipe: Recipe, sink: list[int]):
+        self.base, self.recipe, self.sink = base, recipe, sink
+        self.teachers = [TeacherCorpus(Path(folder), base) for folder in recipe.teacher.corpora]
+        self.blocks = decoder_layers(base.model)[1]
+        count = min(recipe.teacher.hidden_layers, len(self.blocks)) if recipe.teacher.hidden else 0
+        self.matched = [len(self.blocks) * (i + 1) // count - 1 for i in range(count)]
+
+    # -- what it is asked ---------------------------------------------------------------------------------------------
+
+    def rows(self, index: int, item: Item, rng: random.Random) -> list[Row]:
+        """Rows of document number `index`: its questions, else its own text and what follows it."""
+        return self._questions(index, item) if item.questions else self._continuations(index, item, rng)
+
+    def text(self, index: int, text: str) -> Row:
+        """Plain text, scored from its second token on."""
+        return Row(index, self.sink + encode(self.base.tokenizer, text), len(self.sink) + 1)
+
+    def _questions(self, index: int, item: Item) -> list[Row]:
+        prompt_ids, tokenizer = self.base.prompt.prompt_ids, self.base.tokenizer
+        rows = []
+        for question in item.questions:
+            taught = next(filter(None, (corpus.find(item.text, question.text) for corpus in self.teachers)), None)
+            likeliest = None
+            if taught is None:
+                reply = self.base.prompt.answer_ids(tokenizer, question.reply)
+            else:
+                reply, weight = taught.reply, 1 + self.recipe.teacher.contrast * taught.gain.clamp(0, 5)
+                likeliest = taught.top_ids, taught.top_log_probs, weight
+            prompt = prompt_ids(tokenizer, question.text)
+            told = prompt_ids(tokenizer, question.text, item.text) + reply if self.matched else None
+            rows.append(Row(index, prompt + reply, len(prompt), likeliest, told))
+        return rows
+
+    def _continuations(self, index: int, item: Item, rng: random.Random) -> list[Row]:
+        own, following = encode(self.base.tokenizer, item.text), encode(self.base.tokenizer, item.following)
+        begin = rng.randrange(max(1, len(own) - _CONTINUED - 48))
+        piece = own[begin : begin + _CONTINUED + 48]
+        rows = [Row(index, self.sink + piece, len(self.sink) + min(4, len(piece) - 1))]
+        if following:
+            before = self.sink + own[-_CONTINUED:]
+            rows.append(Row(index, before + following, len(before)))
+        return rows
+
+    # -- how far it is off -------------------------------------------------------------------------------------------
+
+    def losses(self, factors: Factors, rows: list[Row], labels: int) -> dict[str, float]:
+        """Leave the gradient of the rows' losses in the factors; these rows' parts of the means over the step.
+
+        Args:
+            factors: leaves, A and B of every document.
+            labels: of the whole step.
+
+        Returns:
+            loss, nats per label; hidden, see `state_distance`, where the recipe wants it.
+        """
+        model, batch, teacher = self.base.model, collate(rows, self.base.device), self._told(rows)
+        with inject(model, factors, batch.documents), states(self.blocks, self.matched) as found:
+            loss = reply_loss(label_logits(model, batch), batch) / labels
+            parts, total = {"loss": float(loss.detach())}, loss
+            if teacher is not None:
+                where = torch.tensor([bool(row.told) for row in rows for _ in range(row.labels)])
+                own = torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
+                far = state_distance(own[:, where.to(own.device)], teacher) * float(where.sum()) / labels
+                parts["hidden"], total = float(far.detach()), loss + self.recipe.teacher.hidden * far
+            total.backward()
+        return parts
+
+    @torch.no_grad()
+    def _told(self, rows: list[Row]) -> Tensor | None:
+        """Hidden states (layers, labels, d_model) of the base that reads the documents, at the labels of questions."""
+        told = [Row(0, row.told, len(row.told) - row.labels) for row in rows if row.told]
+        if not told:
+            return None
+        batch = collate(told, self.base.device)
+        with states(self.blocks, self.matched) as found:
+            self.base.model.base_model(input_ids=batch.ids, use_cache=False)
+        return torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
+
+    def drift(self, factors: Factors, rows: list[Row], labels: int) -> float:
+        """Leave the gradient of the weighted KL to the bare model in the factors; the rows' part of its mean."""
+        assert self.recipe.unrelated is not None
+        model, batch = self.base.model, collate(rows, self.base.device)
+        with torch.no_grad():
+            bare = label_logits(model, batch)
+        with inject(model, factors, batch.documents):
+            drift = kl_from_bare(model, batch, bare) / labels
+            (self.recipe.unrelated.weight * drift).backward()
+        return float(drift.detach())
