@@ -112,6 +112,7 @@ class Recipe(_Strict):
     Attributes:
         documents, micro_batches: a step reads `micro_batches` times `documents`. Several processes share out the
             micro-batches.
+        checkpointing: keep no activations inside layers and hypernetwork, and compute them again in the backward pass.
         strength_rate: learning rate of the parameters that set how strong a patch is; None for that of the rest.
     """
 
@@ -125,6 +126,7 @@ class Recipe(_Strict):
     warmup: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
+    checkpointing: bool = False
     save_every: Positive = 50
     generator: GeneratorConfig = GeneratorConfig()
     start_from: str | None = None

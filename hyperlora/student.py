@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,3 +125,18 @@ class Student:
             drift = kl_from_bare(model, batch, bare) / labels
             (self.recipe.unrelated.weight * drift).backward()
         return float(drift.detach())
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Have a frozen model's layers keep their inputs only and run again in the backward pass.
+
+    Transformers does so in training mode, which the layers alone are put into: what is inside them, such as dropout,
+    stays as it is.
+    """
+    kept = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(kept)
+    else:  # its name in older versions of transformers
+        model.gradient_checkpointing_enable(kept)
+    for block in decoder_layers(model)[1]:
+        block.training = True

@@ -7,11 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
 from hyperlora import checkpoint, ranks
@@ -29,9 +31,9 @@ from hyperlora.generator import Generator
 from hyperlora.hypernet import Factors
 from hyperlora.objectives import Row
 from hyperlora.recipe import Recipe
-from hyperlora.student import Student
+from hyperlora.student import Student, checkpoint_layers
 
-_FREE = ("evaluation", "save_every", "steps")  # what a resumed recipe may change
+_FREE = ("checkpointing", "evaluation", "save_every", "steps")  # what a resumed recipe may change
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 
 
@@ -70,6 +72,9 @@ class Trainer:
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
         self.engine = self._engine(zero)
         generator.through = self.engine.call
+        if recipe.checkpointing:
+            generator.through = partial(checkpointed, self.engine.call, use_reentrant=False)
+            checkpoint_layers(self.base.model)
         self.step = 0
         self.unrelated_drawn = 0
         self.skipped = 0

@@ -85,6 +85,32 @@ def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: 
         start(recipe, tmp_path / "run", "x")
 
 
+def test_checkpointing_changes_the_memory_and_not_the_gradient(recipe: Recipe, tmp_path: Path) -> None:
+    """Layers run twice; dropout inside them stays off."""
+    gradients, runs = [], []
+    for checkpointing in (False, True):
+        base = make_base()
+        for module in base.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        count = [0]
+        base.model.model.layers[2].mlp.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        changed = recipe.model_copy(update={"checkpointing": checkpointing, "clip": 1e9})
+        run = trainer(changed, tmp_path / str(checkpointing), base)
+        assert isinstance(run.engine, PlainEngine)
+        caught: list[torch.Tensor] = []
+        run.engine.optimizer.register_step_pre_hook(
+            lambda o, *_, c=caught: c.extend(p.grad.clone() for g in o.param_groups for p in g["params"])
+        )
+        count[0] = 0
+        run.train_step()
+        gradients.append(caught)
+        runs.append(count[0])
+    assert runs[1] > runs[0]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+
+
 def test_strengths_learn_at_a_rate_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
     recipe.strength_rate, recipe.learning_rate, recipe.warmup = 1e-1, 1e-9, 0
     run = trainer(recipe, tmp_path / "run")

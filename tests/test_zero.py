@@ -27,10 +27,10 @@ CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 @pytest.fixture
 def recipe_file(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str]) -> Path:
-    """Two micro-batches, which two processes share out."""
+    """Two micro-batches, which two processes share out; with activation checkpointing, which `recipe` is without."""
     recipe.base, recipe.micro_batches, recipe.documents, recipe.strength_rate = tiny_dirs[0], 2, 2, 1e-2
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    path.write_text(yaml.safe_dump(recipe.model_copy(update={"checkpointing": True}).model_dump(mode="json")))
     return path
 
 
