@@ -99,6 +99,16 @@ def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: 
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+def test_deepspeeds_launcher_starts_the_script(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
+    start(recipe, tmp_path / "one", "tiny").run()
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", CONFIGS.parent / "train" / "generator.py"]
+    command = [*launcher, recipe_file, "-o", tmp_path / "two", "--device", "cpu", "--deepspeed", CONFIGS / "zero1.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
 def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     for settings, message in (
