@@ -1,5 +1,6 @@
 """One small method of every kind that inserts tokens or restricts sight, as a file in `methods/` would have it."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -24,9 +25,9 @@ class SmallMethod(Method):
         self.shared = shared_state(base)
         self.new = base.model.get_input_embeddings().num_embeddings  # id of the first new token
 
+    @abstractmethod
     def expected(self, ids: Sequence[int], slot: range) -> Layout:
         """The layout of prefix, context, prompt and reply."""
-        raise NotImplementedError
 
     def texts(self, documents: Sequence[Document]) -> list[tuple[int, ...]]:
         return [tuple(document_ids(self.base.tokenizer, document.text)) for document in documents]
