@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from hyperlora.base_model import BaseModel
+from hyperlora.growing_cache import growing_cache
 from hyperlora.inject import Factors, TokenGate, inject
 from hyperlora.objectives import only_positions
 from hyperlora.shared_state import SharedState
@@ -52,7 +52,7 @@ class Session:
         self.base, self.shared, self.rows = base, shared, rows
         self._factors, self._patch_rows = factors, patch_rows
         self._windows = attention_windows(base)
-        self._cache: Any = DynamicCache() if cached else None
+        self._cache: Any = growing_cache() if cached else None
         self._gate = TokenGate()
         self._block = ExitStack()
         self.places = torch.empty(rows, 0, dtype=torch.long, device=base.device)

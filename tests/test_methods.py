@@ -13,7 +13,7 @@ from hyperlora.inject import stack_patches
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document, Method
 from hyperlora.methods.adapted import fresh_adapter
-from hyperlora.methods.self_study import SEEDS, study
+from hyperlora.methods.self_study import EXAMPLES, SEEDS, study
 from hyperlora.methods.summary import ranking, sentences
 from hyperlora.methods.teaching import differences, teach
 from hyperlora.objectives import top_k_kl
@@ -190,6 +190,21 @@ def test_self_study_is_told_by_the_document(base: BaseModel, documents: list[str
 def test_an_empty_document_cannot_be_studied(base: BaseModel) -> None:
     with pytest.raises(InputError, match="document a is empty"):
         study(base, Document("a", " \n"), seed=0, conversations=16)
+
+
+def test_self_study_keeps_to_the_window(base: BaseModel) -> None:
+    """In a smaller window the document comes in more chunks; too small a window is an error."""
+    document = Document("a", "A grey parrot knows eleven songs. " * 60)
+    examples = len(document_ids(base.tokenizer, EXAMPLES))
+
+    def chunks(window: int) -> int:
+        base.model.config.max_position_embeddings = window
+        held = study(base, document, seed=0, conversations=16, reply_tokens=4)
+        return sum(conversation.manner == "recitation" for conversation in held)
+
+    assert chunks(examples + 250) > 2 * chunks(examples + 1000)
+    with pytest.raises(InputError, match="a window of 600 tokens; self-study needs"):
+        chunks(600)
 
 
 def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> None:

@@ -114,13 +114,13 @@ def _peak(runtime: Runtime) -> Iterator[Callable[[], float]]:
     def kib(field: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
-    try:
-        reset.write_text("5")  # forget the peak so far
-    except OSError:
-        yield lambda: 0.0
-        return
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what was freed before must not make room for what is measured
+    try:
+        reset.write_text("5")  # forget the peak so far, that before the trimming too
+    except OSError:
+        yield lambda: 0.0
+        return
     before = kib("VmRSS")
     yield lambda: 1024.0 * max(0, kib("VmHWM") - before)

@@ -3,11 +3,13 @@
 Askell et al. 2021 (arXiv 2112.00861) and Snell et al. 2022 (arXiv 2209.15189), in the strong form of Cartridges
 (Eyuboglu et al. 2025, arXiv 2506.06266): the training questions come from the model itself (self_study.py), the loss is
 the KL divergence to the teacher's likeliest tokens at every position of its replies and the distance from its hidden
-states (teaching.py), and training stops when held-out conversations get worse.
+states (teaching.py), and training stops when held-out conversations get worse. It starts from the LoRA that brings the
+hidden states close in closed form (regression.py).
 """
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -19,16 +21,18 @@ from hyperlora.inject import Factors
 from hyperlora.memory import Memory
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.methods.contract import Document, Method, MethodSettings, stable_seed
+from hyperlora.methods.regression import fit
 from hyperlora.methods.self_study import study
 from hyperlora.methods.teaching import Lesson, differences, teach
 from hyperlora.patch import Patch, Provenance
-from hyperlora.structure import decoder_layers, is_transposed
+from hyperlora.structure import decoder_layers, find_sites, is_transposed
 
 
 class Distillation(Method):
     """A LoRA per document, trained by gradient descent on the model's own answers about it."""
 
     name = "distillation"
+    revision = 2
     seeded = True
     compresses = True
 
@@ -38,26 +42,28 @@ class Distillation(Method):
         Attributes:
             rank, layers, modules: of the LoRA; None takes all layers and the MLP's output projection.
             conversations, reply_tokens: self-study of one document.
+            ridge: of the regression that the MLP's output projections start from; None starts from zero.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the distance at the start; the KL divergence has weight 1.
-            steps, batch: most optimizer steps, and conversations to a step.
+            steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
             check, patience: every `check` steps the held-out conversations (one in 16) are scored; training stops
                 after `patience` scores in a row that are not the best, and the best is kept.
         """
 
-        rank: int = Field(16, gt=0)
+        rank: int = Field(256, gt=0)
         layers: list[int] | None = None
         modules: list[str] | None = None
-        conversations: int = Field(64, ge=16)
+        conversations: int = Field(160, ge=16)
         reply_tokens: int = Field(32, gt=1)
+        ridge: float | None = Field(0.1, gt=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(64, gt=0)
+        steps: int = Field(16, ge=0)
         batch: int = Field(8, gt=0)
-        learning_rate: float = Field(5e-3, gt=0)
+        learning_rate: float = Field(1e-4, gt=0)
         warmup: int = Field(5, ge=0)
-        check: int = Field(16, gt=0)
+        check: int = Field(8, gt=0)
         patience: int = Field(3, gt=0)
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
@@ -69,15 +75,21 @@ class Distillation(Method):
         layers = list(range(count)) if settings.layers is None else settings.layers
         # The adapted layers whose output is matched, evenly spread, the last one included.
         matched = sorted({layers[-1 - i * len(layers) // settings.matched] for i in range(settings.matched)})
+        factors = fresh_adapter(base, settings.rank, layers, stable_seed(self.seed, document.id), settings.modules)
+        fitted = [] if settings.ridge is None else [s for s in find_sites(base.model, layers) if s.path in factors]
+        known = sorted({*matched, *(site.layer for site in fitted)})
         held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
-        lessons = teach(base, held, matched, batch=settings.batch)
+        lessons = teach(base, held, known, batch=settings.batch)
         recitations = [x for x, c in zip(lessons, held, strict=True) if c.manner == "recitation"]
         others = [x for x, c in zip(lessons, held, strict=True) if c.manner != "recitation"]
         rng = random.Random(f"{self.seed}/{document.id}")
         rng.shuffle(others)
-        unseen = others[: max(1, len(others) // 16)]
-        trained = others[len(unseen) :] + recitations
-        factors = fresh_adapter(base, settings.rank, layers, stable_seed(self.seed, document.id), settings.modules)
+        split = max(1, len(others) // 16)
+        unseen, trained = others[:split], others[split:] + recitations
+        if settings.ridge is not None:
+            told = _behind(trained, known, [site.layer for site in fitted])
+            factors |= fit(base, told, fitted, settings.rank, settings.ridge)
+        unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
         kept = self._train(factors, trained, unseen, matched, rng)
         final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}
         return Patch(final, self._provenance(document, next(iter(final))))
@@ -92,10 +104,10 @@ class Distillation(Method):
     ) -> list[Tensor]:
         """A and B of every site in turn, as they were when the unseen lessons were best."""
         settings, base = self.settings, self.base
-        tensors = [tensor for pair in factors.values() for tensor in pair]
+        tensors = [tensor.requires_grad_() for pair in factors.values() for tensor in pair]
         optimizer = torch.optim.Adam(tensors, lr=settings.learning_rate)
-        far = self._score(None, trained, matched)[1]
-        best, kept, worse = self._score(None, unseen, matched)[0], [tensor.detach().clone() for tensor in tensors], 0
+        far = self._score(None, unseen, matched)[1]
+        best, kept, worse = self._score(factors, unseen, matched)[0], [t.detach().clone() for t in tensors], 0
         queue: list[Lesson] = []
         for step in range(settings.steps):
             if len(queue) < settings.batch:
@@ -138,3 +150,9 @@ class Distillation(Method):
             version=__version__,
             transposed=is_transposed(self.base.model.get_submodule(path)),
         )
+
+
+def _behind(lessons: Sequence[Lesson], known: Sequence[int], layers: Sequence[int]) -> list[Lesson]:
+    """Lessons with hidden states behind `layers` only, of those behind the layers that are `known`."""
+    chosen = [known.index(layer) for layer in layers]
+    return [replace(lesson, hidden=lesson.hidden[chosen]) for lesson in lessons]

@@ -1,7 +1,7 @@
 """Conversations about a document that the model holds with itself, to learn from (Eyuboglu et al. 2025, Cartridges).
 
-The model reads the document, goes on writing the user's side of the chat, where it asks something about a sentence in
-one of five manners, and answers its own question with the document in sight.
+The model reads two examples and the document, goes on with questions about its sentences in one of five manners, and
+answers its own questions with the document alone in sight.
 """
 
 from collections.abc import Sequence
@@ -15,33 +15,60 @@ from hyperlora.methods.contract import Document, stable_seed
 from hyperlora.methods.summary import sentences
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
+from hyperlora.structure import text_config
 
-# By manner: what stands after the sentence, for the model to go on from; the question starts behind the colon.
-# A small model that is told to write a question writes about questions; one that goes on with a page of exercises asks.
+# What the asking model reads before the document. A small model that is told to write a question writes about
+# questions, and one that goes on with a bare page of exercises leaves the page; shown how, it asks what the page says.
+EXAMPLES = """\
+Text: The Wren Bridge in the town of Corby was built in 1873 by the engineer Clara Holt. It is 212 metres long and \
+carries a railway line over the River Welland. Because iron was cheap in those years, its arches were made of iron \
+instead of stone.
+
+Sentence: The Wren Bridge in the town of Corby was built in 1873 by the engineer Clara Holt.
+Question: In what year was the Wren Bridge built?
+Question: Who built the bridge in Corby?
+Question: What was Clara Holt's profession?
+
+Sentence: Because iron was cheap in those years, its arches were made of iron instead of stone.
+Question: What were the arches of the bridge made of?
+Question: Why was iron used for the arches?
+
+Text: Sleep is controlled by two processes. One is the body clock, which follows the light of the day; the other is \
+the pressure to sleep, which grows with every hour that a person is awake. Coffee keeps people awake because \
+caffeine blocks the substance adenosine, which builds up in the brain.
+
+Sentence: Sleep is controlled by two processes.
+Question: How many processes control sleep?
+
+Sentence: Coffee keeps people awake because caffeine blocks the substance adenosine, which builds up in the brain.
+Question: Which substance is blocked by caffeine?
+Question: Where does adenosine build up?
+Question: What keeps people awake?
+
+Text: """
+# By manner: how the question about a sentence starts, for the model to go on from.
 SEEDS: dict[str, tuple[str, ...]] = {
-    "question": tuple(
-        f"Question: {start}"
-        for start in (
-            "Who",
-            "What",
-            "When",
-            "Where",
-            "How many",
-            "Which",
-            "Why",
-            "How",
-            "In what",
-            "What is the name of",
-        )
+    "question": (
+        "",
+        "What",
+        "Which",
+        "Who",
+        "How",
+        "When",
+        "Where",
+        "Why",
+        "How many",
+        "What is the name of",
     ),
-    "structuring": ("Exercise: List the", "Exercise: Name the", "Exercise: Give the"),
-    "use case": tuple(
-        f"Question of a reader: {start}" for start in ("Can you tell me", "I want to know", "Is it true")
-    ),
-    "summarisation": ("Exercise: Summarize what the text says about", "Question: What does the text say about"),
-    "creative": ("Quiz: True or false:", "Exercise: Explain to a child", "Exercise: Complete the sentence:"),
+    "structuring": ("List the", "Name the", "What are the"),
+    "use case": ("Can you tell me", "I want to know", "Is it true that"),
+    "summarisation": ("Summarize what the text says about", "What does the text say about"),
+    "creative": ("True or false:", "Explain to a child", "Complete the sentence:"),
 }
 LENGTHS = ("", "Answer in a few words.", "Answer in one sentence.", "Answer in detail.")
+FEW_WORDS = LENGTHS[1]
+_OPENING, _QUESTION = 128, 24  # tokens at most of a sentence with the start of a question, and of the rest of it
+_LEAST = 32  # tokens of document to a chunk
 RECITE = "Repeat the text word for word."
 
 
@@ -64,43 +91,50 @@ def study(
     chunk_tokens: int = 512,
     temperature: float = 0.6,
 ) -> list[Conversation]:
-    """`conversations` about the document and one recitation of every chunk of it.
+    """At most `conversations` about the document, no question twice, and one recitation of every chunk of it.
 
-    Every other conversation is a plain question, the rest take the other manners in turn; sentences come in turn, or
-    evenly spread where there are more sentences than conversations. Three in four questions say how long the answer
-    should be. The model sees one chunk of at most `chunk_tokens`.
+    Three in four are plain questions, most of them to be answered in a few words; the rest take the other manners in
+    turn and any length of answer. Sentences come in turn, or evenly spread where there are more sentences than
+    conversations. The model sees one chunk of at most `chunk_tokens`, less where its window is small.
 
     Raises:
-        InputError: the document is empty.
+        InputError: the document is empty, or the window too small for any of it.
     """
     if not document.text.strip():
         raise InputError(f"document {document.id} is empty; there is nothing to ask about")
-    runtime = Runtime(base, batch_tokens=16384)
+    runtime = Runtime(base, batch_tokens=49152)
     ids = document_ids(base.tokenizer, document.text)
-    count = -(-len(ids) // chunk_tokens)
+    around = len(document_ids(base.tokenizer, base.prompt.prefix + EXAMPLES)) + _OPENING + _QUESTION + 8
+    window = text_config(base.model).max_position_embeddings
+    if window < around + _LEAST:
+        raise InputError(f"{base.name} has a window of {window} tokens; self-study needs {around + _LEAST} at least")
+    count = -(-len(ids) // min(chunk_tokens, window - around))
     bounds = [len(ids) * i // count for i in range(count + 1)]
     texts = [base.tokenizer.decode(ids[a:b]) for a, b in pairwise(bounds)]
     contexts = [document_ids(base.tokenizer, text) for text in texts]
-    memories = runtime.prefill([Memory(text=tuple(context)) for context in contexts])
     pieces = [(chunk, piece.strip()) for chunk, text in enumerate(texts) for piece in sentences(text)]
-    asked: list[tuple[str, str, str, int]] = []  # manner, start of the question, length of the answer, chunk
-    openings, seeds = [], []
+    asked: dict[tuple[int, str], str] = {}  # manner by chunk and question
+    openings, seeds, starts = [], [], []
     plain, *others = SEEDS
     for number in range(conversations):
-        manner = plain if number % 2 == 0 else others[number // 2 % len(others)]
+        manner = others[number // 4 % len(others)] if number % 4 == 3 else plain
         seeds.append(stable_seed(seed, document.id, number))
-        which, length = divmod(seeds[-1], len(LENGTHS))
-        opening = SEEDS[manner][which % len(SEEDS[manner])]
+        pick, which = divmod(seeds[-1], len(SEEDS[manner]))
+        start = SEEDS[manner][which]
         chunk, piece = pieces[int(number * max(1, len(pieces) / conversations)) % len(pieces)]
-        openings.append(Prompt(chunk, document_ids(base.tokenizer, f"{piece}\n\n{opening}"), []))
-        asked.append((manner, opening.partition(": ")[2], LENGTHS[length], chunk))
-    rests = _texts(base, runtime.generate_ids(memories, openings, 24, temperature, seeds))
-    questions = [f"{start} {rest} {length}".strip() for (_, start, length, _), rest in zip(asked, rests, strict=True)]
-    prompts = [runtime.question(chunk, q) for q, (*_, chunk) in zip(questions, asked, strict=True)]
-    replies = runtime.replies(memories, prompts, reply_tokens)
+        opening = f"Sentence: {piece}\nQuestion: {start}".rstrip()
+        openings.append(Prompt(chunk, document_ids(base.tokenizer, opening)[-_OPENING:], []))
+        brief = manner == plain and pick % 4
+        starts.append((manner, start, FEW_WORDS if brief else LENGTHS[pick // 4 % len(LENGTHS)], chunk))
+    told = [Memory(text=tuple(document_ids(base.tokenizer, EXAMPLES + text))) for text in texts]
+    rests = _texts(base, runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, seeds))
+    for (manner, start, length, chunk), rest in zip(starts, rests, strict=True):
+        asked.setdefault((chunk, f"{start} {rest} {length}".strip()), manner)
+    memories = runtime.prefill([Memory(text=tuple(context)) for context in contexts])
+    replies = runtime.replies(memories, [runtime.question(*question) for question in asked], reply_tokens)
     held = [
         Conversation(manner, contexts[chunk], question, reply)
-        for (manner, *_, chunk), question, reply in zip(asked, questions, replies, strict=True)
+        for ((chunk, question), manner), reply in zip(asked.items(), replies, strict=True)
         if reply
     ]
     for text, context in zip(texts, contexts, strict=True):

@@ -1,0 +1,120 @@
+"""A LoRA that makes the student's hidden states the teacher's, in closed form: one ridge regression per layer.
+
+The student reads all lessons in one forward pass. Behind every layer, what the inputs of the MLP's output projection
+say linearly of the difference to the teacher's hidden state is fitted by ridge regression and put into that projection
+as a LoRA; the layers above read what has been put right so far. That is the update of MEMIT (Meng et al. 2022, arXiv
+2210.07229) at every token and in all layers, with reduced-rank regression (Izenman 1975) for the low rank.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hyperlora.base_model import BaseModel
+from hyperlora.methods.teaching import Lesson
+from hyperlora.packing import pack
+from hyperlora.prompt import encode
+from hyperlora.session import Session
+from hyperlora.structure import Site, decoder_layers, residual_gain
+
+_PACKED = 16  # lessons to a row
+
+
+@torch.no_grad()
+def fit(
+    base: BaseModel, lessons: Sequence[Lesson], sites: Sequence[Site], rank: int, ridge: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (1, rank, d_in) and B (1, d_out, rank) of every site, by its path.
+
+    Args:
+        lessons: with the teacher's hidden states behind the layers of all `sites`, in their order.
+        sites: outputs of the MLP, one to a layer, in layer order.
+        ridge: in units of the mean square of the module's inputs, summed over tokens.
+    """
+    prefix = encode(base.tokenizer, base.prompt.prefix)
+    rows = [lessons[first : first + _PACKED] for first in range(0, len(lessons), _PACKED)]
+    fields, real = _rows(base, prefix, rows)
+    gains = _gains(base, sites, prefix + lessons[0].question)
+    taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)  # (layers, tokens, d_model)
+    inputs: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(path: str, _: Any, args: tuple) -> None:
+        inputs[path] = args[0].float()
+
+    def correct(number: int, site: Site, _: Any, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        x, gain = inputs.pop(site.path), gains[site.path]
+        a, b = regress(x[real], taught[number] - hidden[real].float(), rank, ridge)
+        found[site.path] = (a[None], (b / gain[:, None])[None])
+        hidden = hidden + (x @ a.mT @ b.mT).to(hidden.dtype)  # exact where the gain is one
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    blocks = decoder_layers(base.model)[1]
+    handles = []
+    for number, site in enumerate(sites):
+        module = base.model.get_submodule(site.path)
+        handles.append(module.register_forward_pre_hook(partial(keep, site.path)))
+        handles.append(blocks[site.layer].register_forward_hook(partial(correct, number, site)))
+    try:
+        with Session(base, len(rows), cached=False) as session:
+            session.feed(**fields)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def regress(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """A (rank, d_in) and B (d_out, rank), of equal size: W = B A minimises |x W^T - y|^2 + c |W|^2, with c `ridge`
+    times the mean diagonal of x^T x, and is then cut to the directions in which the fit x W^T is largest.
+
+    x (tokens, d_in), y (tokens, d_out).
+    """
+    moment = x.mT @ x
+    strong = moment.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny)
+    damped = moment + ridge * strong * torch.eye(len(moment), device=x.device)
+    weight = torch.cholesky_solve(x.mT @ y, torch.linalg.cholesky(damped))  # (d_in, d_out)
+    directions = torch.linalg.eigh(weight.mT @ moment @ weight).eigenvectors[:, -rank:]
+    a = (weight @ directions).mT
+    size = a.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    lack = rank - len(a)  # a rank beyond d_out adds nothing
+    return pad(a / size[:, None], (0, 0, 0, max(0, lack))), pad(directions * size, (0, max(0, lack)))
+
+
+def _rows(base: BaseModel, prefix: list[int], rows: Sequence[Sequence[Lesson]]) -> tuple[dict[str, Tensor], Tensor]:
+    """What `Session.feed` takes, the lessons of each row packed behind one prefix, padded on the right; and where the
+    lessons' tokens are, (rows, tokens) bool."""
+    packs = [pack(prefix, [(lesson.question, lesson.reply) for lesson in row], base.device) for row in rows]
+    lack = [max(packed.ids.shape[1] for packed in packs) - packed.ids.shape[1] for packed in packs]
+    fields = {
+        "inputs": torch.cat([pad(p.ids, (0, n)) for p, n in zip(packs, lack, strict=True)]),
+        "places": torch.cat([pad(p.places, (0, n), value=-1) for p, n in zip(packs, lack, strict=True)]),
+        "positions": torch.cat([pad(p.positions, (0, n)) for p, n in zip(packs, lack, strict=True)]),
+        "visible": torch.cat([pad(p.visible, (0, n, 0, n)) for p, n in zip(packs, lack, strict=True)]),
+    }
+    fields["wanted"] = torch.zeros_like(fields["inputs"], dtype=torch.bool)
+    return fields, fields["places"] >= len(prefix)
+
+
+def _gains(base: BaseModel, sites: Sequence[Site], ids: list[int]) -> dict[str, Tensor]:
+    """What a change of each site's output is worth in the residual stream, per channel (d_out,), measured on a text."""
+    found: dict[str, Tensor] = {}
+
+    def measure(site: Site, block: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        gain = residual_gain(block, base.model.get_submodule(site.path), args, kwargs, hidden)
+        found[site.path] = gain.clamp_min(0.05 * float(gain.median()))
+
+    blocks = decoder_layers(base.model)[1]
+    handles = [blocks[site.layer].register_forward_hook(partial(measure, site), with_kwargs=True) for site in sites]
+    try:
+        base.model.base_model(input_ids=torch.tensor([ids], device=base.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,58 @@
+"""The closed-form start of distillation."""
+
+import pytest
+import torch
+
+from hyperlora.base_model import BaseModel
+from hyperlora.methods.regression import fit, regress
+from hyperlora.methods.self_study import Conversation
+from hyperlora.methods.teaching import differences, teach
+from hyperlora.prompt import document_ids
+from hyperlora.structure import find_sites
+
+from .conftest import TEXT
+
+
+def test_regression_equals_least_squares_with_a_penalty() -> None:
+    """Against rows of zeros that pull towards zero, in float64; then against the singular vectors of that fit."""
+    torch.manual_seed(0)
+    x, y, ridge = torch.randn(50, 7), torch.randn(50, 5), 0.3
+    c = ridge * x.square().sum() / 7
+    rows = torch.cat([x, c.sqrt() * torch.eye(7)]).double()
+    weight = torch.linalg.lstsq(rows, torch.cat([y, torch.zeros(7, 5)]).double()).solution
+    a, b = regress(x, y, 5, ridge)
+    torch.testing.assert_close((b @ a).T.double(), weight, rtol=1e-4, atol=1e-5)
+    left, size, right = torch.linalg.svd(x.double() @ weight, full_matrices=False)
+    a, b = regress(x, y, 2, ridge)
+    assert a.shape == (2, 7) and b.shape == (5, 2)
+    torch.testing.assert_close((x @ a.T @ b.T).double(), left[:, :2] * size[:2] @ right[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+def test_a_rank_beyond_the_outputs_is_filled_up() -> None:
+    a, b = regress(torch.randn(20, 7), torch.randn(20, 3), 5, 0.1)
+    assert a.shape == (5, 7) and b.shape == (3, 5)
+    assert float(a[3:].abs().max()) == 0.0 and float(b[:, 3:].abs().max()) == 0.0
+    assert torch.linalg.matrix_rank(b @ a) == 3
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+def test_the_fit_brings_the_student_to_the_teacher(any_base: BaseModel, layers: list[int] | None) -> None:
+    """Behind every layer, as a patch that is injected, on lessons that were fitted and on others."""
+    sites = find_sites(any_base.model, layers)
+    numbers = [site.layer for site in sites]
+    context, words = document_ids(any_base.tokenizer, TEXT[:200]), TEXT.split()
+    held = [
+        Conversation("question", context, " ".join(words[i : i + 3]), document_ids(any_base.tokenizer, words[-i - 1]))
+        for i in range(60)
+    ]
+    lessons = teach(any_base, held, numbers)
+    unseen, seen = lessons[::5], [lesson for number, lesson in enumerate(lessons) if number % 5]
+    factors = fit(any_base, seen, sites, rank=16, ridge=0.1)
+    assert list(factors) == [site.path for site in sites]
+    for (a, b), site in zip(factors.values(), sites, strict=True):
+        assert a.shape == (1, 16, site.d_in) and b.shape == (1, site.d_out, 16)
+    with torch.no_grad():
+        for part, share in ((seen, 0.9), (unseen, 0.97)):
+            far, near = differences(any_base, part, numbers)[1], differences(any_base, part, numbers, factors)[1]
+            assert float((near / far).max()) < share
