@@ -59,7 +59,7 @@ class Distillation(Method):
         ridge: float | None = Field(0.1, gt=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(16, ge=0)
+        steps: int = Field(32, ge=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(1e-4, gt=0)
         warmup: int = Field(5, ge=0)
