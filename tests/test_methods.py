@@ -236,6 +236,18 @@ def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> 
     assert distance(own)[1] < 0.95 * distance(Memory())[1] and distance(own)[1] < distance(other)[1]
 
 
+@pytest.mark.parametrize("modules", [["q_proj"], ["q_proj", "down_proj"]])
+def test_only_the_outputs_of_the_mlp_start_from_the_regression(
+    base: BaseModel, documents: list[str], modules: list[str]
+) -> None:
+    kind = METHODS["distillation"]
+    settings = kind.Settings(rank=2, conversations=16, reply_tokens=4, steps=0, modules=modules, layers=[1, 2])
+    (memory,) = kind(base, settings).compile([Document("a", documents[0])])
+    assert memory.patch is not None and len(memory.patch.factors) == 2 * len(modules)
+    for path, (_, b) in memory.patch.factors.items():
+        assert bool(b.abs().max() > 0) == path.endswith("down_proj")
+
+
 def test_distillation_stops_early_and_keeps_the_best(
     base: BaseModel, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

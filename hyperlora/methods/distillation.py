@@ -86,7 +86,7 @@ class Distillation(Method):
         rng.shuffle(others)
         split = max(1, len(others) // 16)
         unseen, trained = others[:split], others[split:] + recitations
-        if settings.ridge is not None:
+        if settings.ridge is not None and fitted:
             told = _behind(trained, known, [site.layer for site in fitted])
             factors |= fit(base, told, fitted, settings.rank, settings.ridge)
         unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
