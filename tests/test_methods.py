@@ -167,6 +167,7 @@ def test_self_study_is_told_by_the_document(base: BaseModel, documents: list[str
     contexts = {tuple(conversation.context) for conversation in held}
     assert len(contexts) > 1
     assert sum(c.manner == "recitation" for c in held) == len(contexts)
+    assert len({(tuple(c.context), c.question) for c in held}) == len(held)
     runtime = Runtime(base)
     for conversation, lesson in zip(held, teach(base, held, [0, 2], top_k=7, batch=3), strict=True):
         prompt = runtime.question(0, conversation.question)

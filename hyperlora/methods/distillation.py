@@ -29,7 +29,7 @@ from hyperlora.structure import decoder_layers, find_sites, is_transposed
 
 
 class Distillation(Method):
-    """A LoRA per document, trained by gradient descent on the model's own answers about it."""
+    """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
     revision = 2
@@ -44,7 +44,7 @@ class Distillation(Method):
             conversations, reply_tokens: self-study of one document.
             ridge: of the regression that the MLP's output projections start from; None starts from zero.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
-                layer's in units of the distance at the start; the KL divergence has weight 1.
+                layer's in units of the bare model's distance; the KL divergence has weight 1.
             steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
             check, patience: every `check` steps the held-out conversations (one in 16) are scored; training stops

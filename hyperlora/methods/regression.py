@@ -83,7 +83,7 @@ def regress(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tens
     a = (weight @ directions).mT
     size = a.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
     lack = rank - len(a)  # a rank beyond d_out adds nothing
-    return pad(a / size[:, None], (0, 0, 0, max(0, lack))), pad(directions * size, (0, max(0, lack)))
+    return pad(a / size[:, None], (0, 0, 0, lack)), pad(directions * size, (0, lack))
 
 
 def _rows(base: BaseModel, prefix: list[int], rows: Sequence[Sequence[Lesson]]) -> tuple[dict[str, Tensor], Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hyperlora.base_model import BaseModel
+from hyperlora.data.rows import FEW_WORDS
 from hyperlora.errors import InputError
 from hyperlora.memory import Memory
 from hyperlora.methods.contract import Document, stable_seed
@@ -65,8 +66,7 @@ SEEDS: dict[str, tuple[str, ...]] = {
     "summarisation": ("Summarize what the text says about", "What does the text say about"),
     "creative": ("True or false:", "Explain to a child", "Complete the sentence:"),
 }
-LENGTHS = ("", "Answer in a few words.", "Answer in one sentence.", "Answer in detail.")
-FEW_WORDS = LENGTHS[1]
+LENGTHS = ("", FEW_WORDS.strip(), "Answer in one sentence.", "Answer in detail.")
 _OPENING, _QUESTION = 128, 24  # tokens at most of a sentence with the start of a question, and of the rest of it
 _LEAST = 32  # tokens of document to a chunk
 RECITE = "Repeat the text word for word."
@@ -125,7 +125,7 @@ def study(
         opening = f"Sentence: {piece}\nQuestion: {start}".rstrip()
         openings.append(Prompt(chunk, document_ids(base.tokenizer, opening)[-_OPENING:], []))
         brief = manner == plain and pick % 4
-        starts.append((manner, start, FEW_WORDS if brief else LENGTHS[pick // 4 % len(LENGTHS)], chunk))
+        starts.append((manner, start, LENGTHS[1] if brief else LENGTHS[pick // 4 % len(LENGTHS)], chunk))
     told = [Memory(text=tuple(document_ids(base.tokenizer, EXAMPLES + text))) for text in texts]
     rests = _texts(base, runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, seeds))
     for (manner, start, length, chunk), rest in zip(starts, rests, strict=True):
