@@ -1,6 +1,8 @@
 """Document -> tensors: the frozen base reads the document and what it computes on the way is kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,9 +11,12 @@ from torch import Tensor, nn
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
-from hyperlora.hypernet.contract import Features
+from hyperlora.hypernet.contract import Factors, Features, Reading
+from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
 from hyperlora.structure import Site, decoder_layers
+
+Timed = Callable[[], AbstractContextManager[None]]
 
 
 class _Exit(Exception):
@@ -65,18 +70,15 @@ class Encoder:
         if batch:
             yield batch
 
+    def open(self, chunks: list[list[int]], timed: Timed = nullcontext) -> "ChunkReading":
+        """A batch of chunks (token ids) to be read in the way that a hypernetwork asks for, inside `timed`."""
+        return ChunkReading(self, chunks, timed)
+
     @torch.no_grad()
     def read(self, chunks: list[list[int]]) -> Features:
         """Features of a batch of chunks (token ids), one forward pass."""
-        base, device = self.base, self.base.device
-        width = max(map(len, chunks))
-        ids = torch.zeros(len(chunks), width, dtype=torch.long)
-        mask = torch.zeros(len(chunks), width, dtype=torch.bool)
-        for row, chunk in enumerate(chunks):
-            ids[row, : len(chunk)] = torch.tensor(chunk)
-            mask[row, : len(chunk)] = True
-        ids, mask = ids.to(device), mask.to(device)
-        sink = torch.tensor(self.sink, device=device, dtype=torch.long).expand(len(chunks), -1)
+        base = self.base
+        ids, mask = self._padded(chunks)
         kept: dict[Any, Tensor] = {}
         handles = [
             base.model.get_submodule(site.path).register_forward_pre_hook(_keeper(kept, site.path))
@@ -85,30 +87,104 @@ class Encoder:
         middle = self._last // 2
         for layer in {0, middle}:
             handles.append(self._blocks[layer].register_forward_pre_hook(_keeper(kept, layer), with_kwargs=True))
-
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            kept["last"] = output[0] if isinstance(output, tuple) else output
-            raise _Exit
-
-        handles.append(self._blocks[self._last].register_forward_hook(leave))
         try:
-            self._inner(input_ids=torch.cat([sink, ids], dim=1), use_cache=False)
-        except _Exit:
-            pass
+            kept |= self._until_the_last([self._last], input_ids=ids)
         finally:
             for handle in handles:
                 handle.remove()
-        skip = sink.shape[1]
+        skip = len(self.sink)
+        ids = ids[:, skip:]
         table = base.model.get_output_embeddings().weight
         words = nn.functional.normalize(table[ids].float(), dim=-1) * mask[..., None]  # (chunks, tokens, d_model)
         following = torch.cat([words[:, 1:], torch.zeros_like(words[:, :1])], dim=1)
         return Features(
             inputs=[kept[site.path][:, skip:].float() for site in self.sites],
-            hidden=torch.stack([kept[key][:, skip:].float() for key in (0, middle, "last")], dim=2),
+            hidden=torch.stack([kept[key][:, skip:].float() for key in (0, middle, _behind(self._last))], dim=2),
             words=words,
             following=following,
             mask=mask,
         )
+
+    def memory(
+        self, chunks: list[list[int]], tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]
+    ) -> Tensor:
+        """See `Reading.memory`. The tokens stand right behind a chunk's own, before any padding."""
+        ids, mask = self._padded(chunks)
+        skip, count = len(self.sink), len(tokens)
+        begin = skip + mask.sum(1)  # (chunks,) where the tokens start
+        embeds = self.base.model.get_input_embeddings()(ids)
+        # As large as the chunk's own embeddings, whatever else stands in the batch.
+        energy = embeds[:, skip:].float().square().mean(-1) * mask
+        size = (energy.sum(1) / mask.sum(1)).sqrt()
+        embeds = nn.functional.pad(embeds, (0, 0, 0, count))
+        places = begin[:, None] + torch.arange(count, device=ids.device)  # (chunks, count)
+        rows = torch.arange(len(chunks), device=ids.device)[:, None]
+        embeds = embeds.index_put((rows, places), (size[:, None, None] * tokens).to(embeds.dtype))
+        with inject(self.base.model, adapter), self._stored():
+            kept = self._until_the_last(layers, inputs_embeds=embeds)
+        return torch.stack([kept[_behind(layer)][rows, places].float() for layer in layers], dim=1)
+
+    def _padded(self, chunks: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids (chunks, sink and tokens) and mask (chunks, tokens)."""
+        width = max(map(len, chunks))
+        ids = torch.zeros(len(chunks), len(self.sink) + width, dtype=torch.long)
+        mask = torch.zeros(len(chunks), width, dtype=torch.bool)
+        for row, chunk in enumerate(chunks):
+            ids[row, : len(self.sink) + len(chunk)] = torch.tensor(self.sink + chunk)
+            mask[row, : len(chunk)] = True
+        return ids.to(self.base.device), mask.to(self.base.device)
+
+    def _until_the_last(self, layers: Sequence[int], **inputs: Tensor) -> dict[Any, Tensor]:
+        """Run the base up to its last layer that matters; what is behind `layers`, by `_behind`."""
+        kept: dict[Any, Tensor] = {}
+
+        def keep(layer: int, _: nn.Module, __: Any, output: Any) -> None:
+            kept[_behind(layer)] = output[0] if isinstance(output, tuple) else output
+            if layer == max(layers):
+                raise _Exit
+
+        handles = [self._blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+        try:
+            self._inner(**inputs, use_cache=False)
+        except _Exit:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return kept
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        """Keep the activations inside layers, whatever checkpointing says: a layer that ran again in the backward pass
+        would do so without the adapter."""
+        before = [block.training for block in self._blocks]
+        try:
+            for block in self._blocks:
+                block.training = False
+            yield
+        finally:
+            for block, training in zip(self._blocks, before, strict=True):
+                block.training = training
+
+
+class ChunkReading(Reading):
+    """Chunks for a hypernetwork; see `Encoder`."""
+
+    def __init__(self, encoder: Encoder, chunks: list[list[int]], timed: Timed):
+        self._encoder, self._chunks, self._timed = encoder, chunks, timed
+
+    @cached_property
+    def features(self) -> Features:
+        with self._timed():
+            return self._encoder.read(self._chunks)
+
+    def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
+        with self._timed():
+            return self._encoder.memory(self._chunks, tokens, adapter, layers)
+
+
+def _behind(layer: int) -> str:
+    return f"behind {layer}"
 
 
 def _keeper(kept: dict[Any, Tensor], key: Any) -> Any:

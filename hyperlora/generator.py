@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,11 +22,11 @@ from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError, nearest
 from hyperlora.files import new_directory, push_folder, sha256
 from hyperlora.generator_config import GeneratorConfig
-from hyperlora.hypernet import HYPERNETS, Factors, Hypernet
+from hyperlora.hypernet import HYPERNETS, Factors, Hypernet, Shape
 from hyperlora.patch import Patch, Provenance, check_base
 from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SiteStatistics, calibrate
-from hyperlora.structure import Site, find_sites, is_transposed, text_config
+from hyperlora.structure import Site, find_sites, is_transposed, linears, text_config
 
 # While a long document is read, its patch is kept at this multiple of the final rank.
 WORKING_RANKS = 4
@@ -137,11 +138,15 @@ class Generator(nn.Module):
         return time.perf_counter()
 
     def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
-        start = self._now() if clock is not None else 0.0
-        features = self.encoder.read(chunks)
-        if clock is not None:
-            clock["encode"] = clock.get("encode", 0.0) + self._now() - start
-        return (self.through or self.hypernet)(features, self.statistics)
+        @contextmanager
+        def timed() -> Iterator[None]:
+            start = self._now()
+            yield
+            if clock is not None:
+                clock["encode"] = clock.get("encode", 0.0) + self._now() - start
+
+        reading = self.encoder.open(chunks, nullcontext if clock is None else timed)
+        return (self.through or self.hypernet)(reading, self.statistics)
 
     def _cap(self, factors: list[Factors], rank: int) -> list[Factors]:
         return [
@@ -251,8 +256,10 @@ def _modules(base: BaseModel, config: GeneratorConfig, sites: list[Site]) -> tup
     if config.hypernet not in HYPERNETS:
         raise InputError(f"unknown hypernet {config.hypernet!r}; {nearest(config.hypernet, HYPERNETS)}")
     statistics = nn.ModuleList(SiteStatistics(site, config.moment_directions) for site in sites)
+    read = linears(base.model, range(max(site.layer for site in sites) + 1))
+    shape = Shape(sites, read, text_config(base.model).hidden_size)
     try:
-        return statistics, HYPERNETS[config.hypernet](sites, text_config(base.model).hidden_size, **config.options)
+        return statistics, HYPERNETS[config.hypernet](shape, **config.options)
     except TypeError as error:
         raise InputError(f"options of the hypernet {config.hypernet}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Find what a patch needs in any causal language model, by its structure and config, never by a class or a name."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,6 +93,17 @@ def find_sites(model: nn.Module, layers: list[int] | None = None, modules: list[
             assert shape is not None
             sites.append(Site(f"{stack}.{layer}.{name}", layer, *shape))
     return sites
+
+
+def linears(model: nn.Module, layers: Iterable[int]) -> list[Site]:
+    """All linear modules of some layers."""
+    stack, blocks = decoder_layers(model)
+    return [
+        Site(f"{stack}.{layer}.{name}", layer, *shape)
+        for layer in layers
+        for name, module in blocks[layer].named_modules()
+        if (shape := linear_shape(module)) is not None
+    ]
 
 
 def _site_names(block: nn.Module, hidden: int, modules: list[str] | None) -> list[str]:

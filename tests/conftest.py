@@ -54,7 +54,11 @@ CONFIGS = {
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=4, n_head=4, n_positions=512),
 }
 _SMALL = {"width": 16, "depth": 1, "heads": 2}
-OPTIONS = {"associative": _SMALL, "perceiver": {**_SMALL, "latents": 3, "fixed_ranks": 2}}
+OPTIONS = {
+    "associative": _SMALL,
+    "perceiver": {**_SMALL, "latents": 3, "fixed_ranks": 2},
+    "memory_tokens": {"rank": 3, "depth": 2, "heads": 2, "adapter_rank": 2},
+}
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
@@ -90,10 +94,9 @@ def make_generator(base: BaseModel, hypernet: str = "associative", **settings: o
     settings = {"layers": [1, 3], "rank": 6, "moment_directions": 4, "options": OPTIONS[hypernet], **settings}
     generator = Generator(base, GeneratorConfig(hypernet=hypernet, **settings), "tiny")
     generator.calibrate([TEXT, TEXT[::-1]])
-    values = [*generator.hypernet.copy, *generator.hypernet.point] if hypernet == "associative" else []
-    for value in values:  # leave the zero initialisation
-        torch.nn.init.normal_(value.learned.weight)
-        torch.nn.init.normal_(value.gate.weight, std=0.1)
+    for name, weight in generator.hypernet.named_parameters():  # leave the zero initialisation
+        if name.endswith((".learned.weight", "gate.weight", ".b")):
+            torch.nn.init.normal_(weight, std=1.0 if "learned" in name else 0.1)
     return generator.eval()
 
 

@@ -6,7 +6,7 @@ import torch
 from hyperlora.base_model import BaseModel
 from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError
-from hyperlora.structure import find_sites
+from hyperlora.structure import decoder_layers, find_sites, is_transposed, linears
 
 
 def test_features_are_the_models_own(any_base: BaseModel, documents: list[str]) -> None:
@@ -35,6 +35,39 @@ def test_padding_and_company_change_nothing(any_base: BaseModel, documents: list
         assert together.mask[row].sum() == len(own)
         for joint, single in zip(together.inputs, alone.inputs, strict=True):
             torch.testing.assert_close(joint[row, : len(own)], single[0], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_tokens_stand_behind_each_chunk(any_base: BaseModel, documents: list[str]) -> None:
+    """Ragged chunks together are what merged weights make of each, fed as embeddings with the tokens at its end."""
+    encoder = Encoder(any_base, find_sites(any_base.model, [1, 3]))
+    ids = [encoder.tokenize(text) for text in (documents[0], documents[1][:40])]
+    tokens = torch.randn(3, 32)
+    sites = linears(any_base.model, range(4))
+    assert len({site.path for site in sites}) == len(sites) >= 16
+    adapter = {s.path: (torch.randn(1, 2, s.d_in) / 8, torch.randn(1, s.d_out, 2) / 8) for s in sites}
+    found = encoder.open(ids).memory(tokens, adapter, [1, 3])
+    assert found.shape == (2, 2, 3, 32)
+    for site in sites:
+        module = any_base.model.get_submodule(site.path)
+        delta = (adapter[site.path][1] @ adapter[site.path][0])[0]
+        module.weight.data += delta.T if is_transposed(module) else delta
+    behind: list[torch.Tensor] = []
+    handles = [
+        decoder_layers(any_base.model)[1][layer].register_forward_hook(
+            lambda m, args, out: behind.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in (1, 3)
+    ]
+    for row, own in enumerate(ids):
+        embeds = any_base.model.get_input_embeddings()(torch.tensor([encoder.sink + own]))
+        size = embeds[:, len(encoder.sink) :].square().mean().sqrt()
+        behind.clear()
+        any_base.model.base_model(inputs_embeds=torch.cat([embeds, (size * tokens)[None]], dim=1), use_cache=False)
+        for place, states in enumerate(behind):
+            torch.testing.assert_close(found[row, place], states[0, -3:], rtol=1e-4, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_base.model.modules())
 
 
 def test_early_exit_skips_the_rest_and_leaves_no_hook(base: BaseModel, documents: list[str]) -> None:

@@ -1,11 +1,13 @@
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
-from hyperlora.hypernet import HYPERNETS, Perceiver
+from hyperlora.hypernet import HYPERNETS, MemoryTokens, Perceiver, Reading, Shape
 from hyperlora.hypernet.associative import compete, strongest
 from hyperlora.patch import Patch
 from hyperlora.structure import Site
@@ -19,13 +21,13 @@ def test_contract(any_base: BaseModel, documents: list[str], name: str) -> None:
     """Shapes, zero padded rows, and a gradient to every parameter."""
     generator = make_generator(any_base, hypernet=name)
     ids = [generator.encoder.tokenize(text) for text in documents[:2]]
-    features = generator.encoder.read(ids)
-    factors = generator.hypernet(features, generator.statistics)
+    reading = generator.encoder.open(ids)
+    factors = generator.hypernet(reading, generator.statistics)
     loss = torch.zeros(())
     for site, (a, b) in zip(generator.sites, factors, strict=True):
         assert a.shape == (2, b.shape[2], site.d_in) and b.shape[:2] == (2, site.d_out)
         loss = loss + torch.tanh(b @ a).square().sum()
-        alone = generator.hypernet(generator.encoder.read(ids[1:]), generator.statistics)[generator.sites.index(site)]
+        alone = generator.hypernet(generator.encoder.open(ids[1:]), generator.statistics)[generator.sites.index(site)]
         torch.testing.assert_close((b @ a)[1], (alone[1] @ alone[0])[0], rtol=1e-4, atol=1e-5)
     loss.backward()
     silent = [n for n, p in generator.hypernet.named_parameters() if p.grad is None or not p.grad.any()]
@@ -69,8 +71,8 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
     for text, same in ((documents[0][:25], True), (documents[0], False)):
         ids = free.encoder.tokenize(text)
         assert (len(ids) <= few) is same
-        features = free.encoder.read([ids])
-        (a, b), (capped_a, capped_b) = (g.hypernet(features, g.statistics)[0] for g in (free, capped))
+        reading = free.encoder.open([ids])
+        (a, b), (capped_a, capped_b) = (g.hypernet(reading, g.statistics)[0] for g in (free, capped))
         assert capped_a.shape[1] == len(ids) + min(few, len(ids))
         assert torch.allclose(b @ a, capped_b @ capped_a, atol=1e-5) is same
     with_others = capped.factors([capped.encoder.tokenize(text) for text in documents])
@@ -84,35 +86,35 @@ def test_latents_do_not_grow_with_the_document(base: BaseModel, documents: list[
     generator = make_generator(base, hypernet="perceiver")
     hypernet, encoder = generator.hypernet, generator.encoder
     assert isinstance(hypernet, Perceiver)
-    short, long = encoder.read([encoder.tokenize(documents[0][:9])]), encoder.read([encoder.tokenize(TEXT)])
-    for features in (short, long):
-        latents = hypernet.read(features)
+    short, long = encoder.open([encoder.tokenize(documents[0][:9])]), encoder.open([encoder.tokenize(TEXT)])
+    for reading in (short, long):
+        latents = hypernet.read(reading.features)
         assert latents.shape == (1, 2, 3, 16)
         torch.testing.assert_close(latents.norm(dim=-1), torch.ones(1, 2, 3))
-        for x, (a, _) in zip(long.inputs, hypernet(features, generator.statistics), strict=True):
+        for x, (a, _) in zip(long.features.inputs, hypernet(reading, generator.statistics), strict=True):
             assert a.shape[1] == 5
             assert 0.2 < float((x[0] @ a[0].T).detach().square().mean().sqrt()) < 1.5
 
 
 def test_fixed_ranks_are_the_same_for_all_documents_and_can_be_left_out(base: BaseModel, documents: list[str]) -> None:
     generator = make_generator(base, hypernet="perceiver")
-    features = generator.encoder.read([generator.encoder.tokenize(text) for text in documents])
-    for a, b in generator.hypernet(features, generator.statistics):
+    reading = generator.encoder.open([generator.encoder.tokenize(text) for text in documents])
+    for a, b in generator.hypernet(reading, generator.statistics):
         for ranks in (a, b.mT):  # (documents, ranks, width): three read from the document, then two fixed
             assert torch.equal(ranks[0, 3:], ranks[1, 3:]) and ranks[0, 3:].any()
             assert (ranks[0, :3] - ranks[1, :3]).abs().amax(dim=-1).min() > 0
     none = make_generator(base, hypernet="perceiver", options={**OPTIONS["perceiver"], "fixed_ranks": 0})
-    assert [a.shape[1] for a, _ in none.hypernet(features, none.statistics)] == [3, 3]
+    assert [a.shape[1] for a, _ in none.hypernet(reading, none.statistics)] == [3, 3]
 
 
 def test_output_scales_size_the_patch_linearly(base: BaseModel, documents: list[str]) -> None:
     generator = make_generator(base, hypernet="perceiver")
-    features = generator.encoder.read([generator.encoder.tokenize(documents[0])])
-    before = generator.hypernet(features, generator.statistics)
+    reading = generator.encoder.open([generator.encoder.tokenize(documents[0])])
+    before = generator.hypernet(reading, generator.statistics)
     assert isinstance(generator.hypernet, Perceiver)
     generator.hypernet.output_scale.data *= torch.tensor([[3.0], [1.0]])
     for factor, (a, b), (scaled_a, scaled_b) in zip(
-        (3.0, 1.0), before, generator.hypernet(features, generator.statistics), strict=True
+        (3.0, 1.0), before, generator.hypernet(reading, generator.statistics), strict=True
     ):
         torch.testing.assert_close(scaled_b @ scaled_a, factor * (b @ a))
 
@@ -129,4 +131,61 @@ def test_output_scales_size_the_patch_linearly(base: BaseModel, documents: list[
 )
 def test_options_the_perceiver_cannot_use(options: dict[str, float], d_out: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Perceiver([Site("layers.1.up_proj", 1, 48, d_out)], 32, **{**OPTIONS["perceiver"], **options})  # type: ignore[arg-type]
+        Perceiver(Shape([Site("layers.1.up_proj", 1, 48, d_out)], [], 32), **{**OPTIONS["perceiver"], **options})  # type: ignore[arg-type]
+
+
+def test_memory_tokens_are_as_many_as_the_numbers_of_a_layer(base: BaseModel, documents: list[str]) -> None:
+    """Behind every layer they hold A and B of its sites; a layer with two sites sets their number."""
+    modules = ["mlp.down_proj", "self_attn.o_proj"]
+    generator = make_generator(base, hypernet="memory_tokens", modules=modules)
+    assert isinstance(generator.hypernet, MemoryTokens)
+    assert len(generator.hypernet.tokens) == math.ceil(3 * ((48 + 32) + (32 + 32)) / 32)
+    reading = generator.encoder.open([generator.encoder.tokenize(documents[0])])
+    found = dict(zip([s.path for s in generator.sites], generator.hypernet(reading, generator.statistics), strict=True))
+    assert [tuple(a.shape) for a, _ in found.values()] == [(1, 3, site.d_in) for site in generator.sites]
+
+    class Told(Reading):
+        """Other hidden states behind layer 3 change its sites, and through the blocks those of layer 1."""
+
+        features = reading.features
+
+        def memory(self, tokens: torch.Tensor, adapter: Any, layers: Any) -> torch.Tensor:
+            assert layers == [1, 3]
+            return reading.memory(tokens, adapter, layers) * torch.tensor([1.0, -1.0])[:, None, None]
+
+    other = generator.hypernet(Told(), generator.statistics)
+    assert all(bool((a - b).abs().max() > 1e-4) for (a, _), (b, _) in zip(found.values(), other, strict=True))
+
+
+def test_rows_of_memory_become_rows_of_factors(base: BaseModel, documents: list[str]) -> None:
+    """Without blocks, A's first rows are the first numbers of the normalised states, in the units of the site."""
+    generator = make_generator(base, hypernet="memory_tokens")
+    hypernet = generator.hypernet
+    assert isinstance(hypernet, MemoryTokens)
+    hypernet.blocks = torch.nn.ModuleList()
+    reading = generator.encoder.open([generator.encoder.tokenize(documents[0])])
+    adapter = {path: part() for path, part in zip(hypernet.paths, hypernet.adapter, strict=True)}
+    states = reading.memory(hypernet.tokens, adapter, hypernet.layers)
+    z = torch.nn.functional.rms_norm(states, (32,)) + hypernet.layer + hypernet.place
+    for row, ((a, b), stat) in enumerate(
+        zip(hypernet(reading, generator.statistics), generator.statistics, strict=True)
+    ):
+        numbers = hypernet.norm(z[0, row]).flatten()
+        n, m = numbers[: 3 * 48].view(3, 48) / 48**0.5, numbers[3 * 48 : 3 * 80].view(3, 32) / 32**0.5
+        torch.testing.assert_close(a[0] @ stat.moment.dense(), n * stat.moment.diagonal.sqrt(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b[0].T * stat.gain / stat.residual_norm, 0.01 * m)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "heads .3. must divide width .32."),
+        ({"depth": 3}, "depth .3. must be even"),
+        ({"rank": 0}, "rank .0. must be at least 1"),
+        ({"adapter_rank": 0}, "adapter_rank .0. must be at least 1"),
+        ({"scale": -1.0}, "scale .-1.0. must be positive"),
+    ],
+)
+def test_options_memory_tokens_cannot_use(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_generator(make_base(), "memory_tokens", options={**OPTIONS["memory_tokens"], **options})

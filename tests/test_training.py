@@ -9,10 +9,13 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.overlap import Overlap
 from hyperlora.engine import PlainEngine
 from hyperlora.errors import InputError, TrainingDiverged
+from hyperlora.hypernet import HYPERNETS
 from hyperlora.recipe import Recipe, read_recipe
 from hyperlora.training import Trainer, start
 
-from .conftest import losses, make_base, make_generator
+from .conftest import OPTIONS, losses, make_base, make_generator
+
+each_hypernet = pytest.mark.parametrize("name", sorted(HYPERNETS))
 
 
 def trainer(recipe: Recipe, folder: Path, base: BaseModel | None = None) -> Trainer:
@@ -20,7 +23,15 @@ def trainer(recipe: Recipe, folder: Path, base: BaseModel | None = None) -> Trai
     return Trainer(recipe, make_generator(base or make_base(), **recipe.generator.model_dump()), folder)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> None:
+def of(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another architecture."""
+    settings = {"hypernet": name, "options": OPTIONS[name]}
+    return recipe.model_copy(update={"generator": recipe.generator.model_copy(update=settings)})
+
+
+@each_hypernet
+def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    recipe = of(recipe, name)
     trainer(recipe, tmp_path / "whole").run()
     interrupted = trainer(recipe, tmp_path / "parts")
 
@@ -38,7 +49,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: 
     assert whole == parts
 
 
-def test_training_lowers_the_loss(recipe: Recipe, tmp_path: Path) -> None:
+@each_hypernet
+def test_training_lowers_the_loss(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    recipe = of(recipe, name)
     recipe.mix, recipe.steps = recipe.mix[1:2], 30
     run = trainer(recipe, tmp_path / "run")
     history = [run.train_step()["loss"] for _ in range(30)]
@@ -85,7 +98,8 @@ def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: 
         start(recipe, tmp_path / "run", "x")
 
 
-def test_checkpointing_changes_the_memory_and_not_the_gradient(recipe: Recipe, tmp_path: Path) -> None:
+@each_hypernet
+def test_checkpointing_changes_the_memory_and_not_the_gradient(recipe: Recipe, tmp_path: Path, name: str) -> None:
     """Layers run twice; dropout inside them stays off."""
     gradients, runs = [], []
     for checkpointing in (False, True):
@@ -95,7 +109,7 @@ def test_checkpointing_changes_the_memory_and_not_the_gradient(recipe: Recipe, t
                 module.attention_dropout = 0.5
         count = [0]
         base.model.model.layers[2].mlp.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
-        changed = recipe.model_copy(update={"checkpointing": checkpointing, "clip": 1e9})
+        changed = of(recipe, name).model_copy(update={"checkpointing": checkpointing, "clip": 1e9})
         run = trainer(changed, tmp_path / str(checkpointing), base)
         assert isinstance(run.engine, PlainEngine)
         caught: list[torch.Tensor] = []

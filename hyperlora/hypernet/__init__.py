@@ -1,9 +1,20 @@
-"""Hypernetwork architectures behind one contract. Adding one: a file here and a line in `HYPERNETS`."""
+"""Hypernetwork architectures behind one contract. Adding one: a file here and a class in `HYPERNETS`."""
 
 from hyperlora.hypernet.associative import Associative
-from hyperlora.hypernet.contract import Factors, Features, Hypernet
+from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
+from hyperlora.hypernet.memory_tokens import MemoryTokens
 from hyperlora.hypernet.perceiver import Perceiver
 
-HYPERNETS: dict[str, type[Hypernet]] = {"associative": Associative, "perceiver": Perceiver}
+HYPERNETS: dict[str, type[Hypernet]] = {one.name: one for one in (Associative, Perceiver, MemoryTokens)}
 
-__all__ = ["HYPERNETS", "Associative", "Factors", "Features", "Hypernet", "Perceiver"]
+__all__ = [
+    "HYPERNETS",
+    "Associative",
+    "Factors",
+    "Features",
+    "Hypernet",
+    "MemoryTokens",
+    "Perceiver",
+    "Reading",
+    "Shape",
+]

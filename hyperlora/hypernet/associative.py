@@ -17,11 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperlora.errors import InputError
 from hyperlora.hypernet.blocks import Block
-from hyperlora.hypernet.contract import Factors, Features, Hypernet
+from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
 from hyperlora.statistics import SiteStatistics
-from hyperlora.structure import Site
 
 
 class Associative(Hypernet):
@@ -35,7 +33,7 @@ class Associative(Hypernet):
       the end of a question, selects t.
 
     Args:
-        sites: the modules to write to; each writes into the residual stream (d_out = `d_model`).
+        shape: each site writes into the residual stream (d_out = `d_model`).
         width, depth, heads: of the transformer behind z.
         copy_scale, pointer_scale: initial c and c'.
         pointers: pointer slots of one document, at its strongest tokens; 0 for none.
@@ -44,12 +42,12 @@ class Associative(Hypernet):
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
     """
 
+    name = "associative"
     strengths = (".scale",)
 
     def __init__(
         self,
-        sites: list[Site],
-        d_model: int,
+        shape: Shape,
         *,
         width: int = 320,
         depth: int = 2,
@@ -61,13 +59,10 @@ class Associative(Hypernet):
         ridge: float = 0.3,
     ):
         super().__init__()
-        wrong = [site.path for site in sites if site.d_out != d_model]
-        if wrong:
-            raise InputError(f"the associative generator writes to the residual stream; {wrong[0]} does not")
-        if width % heads:
-            raise InputError(f"options of the hypernet associative: heads ({heads}) must divide width ({width})")
+        self.check(shape, width, heads)
         if reach <= 1:
-            raise InputError(f"options of the hypernet associative: reach ({reach}) must be greater than 1")
+            raise self.refuse(f"reach ({reach}) must be greater than 1")
+        sites, d_model = shape.sites, shape.d_model
         self.pointers = pointers
         self.mix = nn.Linear(4 * d_model, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -77,7 +72,8 @@ class Associative(Hypernet):
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
 
-    def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+        features = reading.features
         z = self._read(features)
         mask = features.mask[..., None]
         factors = []

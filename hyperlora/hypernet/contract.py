@@ -1,13 +1,15 @@
 """The contract of a hypernetwork: tensors of a batch of documents in, LoRA factors for every site out, in one pass."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from hyperlora.errors import InputError
 from hyperlora.statistics import SiteStatistics
+from hyperlora.structure import Site
 
 # Factors of one site for a batch of documents: A (documents, rank, d_in) and B (documents, d_out, rank).
 Factors = tuple[Tensor, Tensor]
@@ -32,16 +34,63 @@ class Features:
     mask: Tensor
 
 
+class Reading(ABC):
+    """A batch of chunks that the frozen base reads for a hypernetwork, in whichever way it asks for."""
+
+    @property
+    @abstractmethod
+    def features(self) -> Features:
+        """What the base computes when it reads the chunks as it is; read once, without a gradient."""
+
+    @abstractmethod
+    def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
+        """Have the base, with an adapter of one document on, read every chunk with `tokens` (count, d_model) after it.
+
+        The tokens stand in the place of input embeddings, in units of the chunk's own. Returns their hidden states
+        behind `layers`, (documents, layers, count, d_model), differentiable in tokens and adapter.
+        """
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a hypernetwork knows of the base: the `sites` to write to, all `linears` of the layers up to the last of
+    them, and `d_model`."""
+
+    sites: list[Site]
+    linears: list[Site]
+    d_model: int
+
+
 class Hypernet(nn.Module, ABC):
-    """Maps `Features` and the calibration of each site to LoRA factors whose scale is already folded in.
+    """Maps what the base reads and the calibration of each site to LoRA factors whose scale is already folded in.
 
     Attributes:
+        name: of the architecture, its key in the registry.
         strengths: endings of the names of parameters that set how strong a patch is; they may learn at a rate of their
             own.
     """
 
+    name: ClassVar[str]
     strengths: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
         """Factors per site. Padded documents add zero rows; the rank may exceed the configured one (it is capped)."""
+
+    @classmethod
+    def refuse(cls, reason: str) -> InputError:
+        """The error for options that cannot be used."""
+        return InputError(f"options of the hypernet {cls.name}: {reason}")
+
+    @classmethod
+    def check(cls, shape: Shape, width: int, heads: int, **least: tuple[int, int]) -> None:
+        """Raise InputError where a site does not write to the residual stream, whose units alone are calibrated;
+        where `heads` do not divide `width`; or where an option (value, least value) is too small."""
+        wrong = [site.path for site in shape.sites if site.d_out != shape.d_model]
+        if wrong:
+            raise InputError(f"the generator {cls.name} writes to the residual stream; {wrong[0]} does not")
+        if width % heads:
+            raise cls.refuse(f"heads ({heads}) must divide width ({width})")
+        for name, (value, lowest) in least.items():
+            if value < lowest:
+                raise cls.refuse(f"{name} ({value}) must be at least {lowest}")

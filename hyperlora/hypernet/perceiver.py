@@ -14,9 +14,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperlora.errors import InputError
 from hyperlora.hypernet.blocks import Block, CrossAttention
-from hyperlora.hypernet.contract import Factors, Features, Hypernet
+from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
+from hyperlora.hypernet.units import in_units
 from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
 
@@ -24,20 +24,12 @@ from hyperlora.structure import Site
 class Perceiver(Hypernet):
     """Ranks from latents that read the document, and ranks that are the same for all documents.
 
-    Of each unit latent the site's head makes n (d_in) and m (d_out); a fixed rank has learned ones. The rank is
-
-    - A: C^-1 D^(1/2) n, with D the diagonal part of the second moment C. Whitening takes the common directions out of
-      a key, as in `Associative`. As C >= D, an input has E[(a x)^2] = n^T D^(1/2) C^-1 D^(1/2) n <= |n|^2, and |n| is
-      about 1 at the start: a typical input gives an activation of at most order 1 whatever the units of the site.
-    - B: s (|h| / gain) m, with |h| the residual's size, |m| about 1 and a learned `output_scale` s per rank: at the
-      start, an activation of 1 moves the residual by the fraction s of its size. s is not zero, for with A or B zero
-      the other factor has no gradient; it is one parameter for all sites, so that it can have its own learning rate.
-
-    A patch composed of several chunks or documents has the document-independent ranks once for each of them.
+    Of each unit latent the site's head makes n (d_in) and m (d_out), each of size about 1 at the start; a fixed rank
+    has learned ones. A learned `output_scale` per rank brings them into the units of the site (units.py). A patch
+    composed of several chunks or documents has the document-independent ranks once for each of them.
 
     Args:
-        sites: the modules to write to; each writes into the residual stream (d_out = `d_model`), since calibration
-            measures the units of B only there.
+        shape: each site writes into the residual stream (d_out = `d_model`).
         width, depth, heads: of the trunk; one of `depth` blocks is cross-attention to the document, self-attention
             among the latents of all sites, and an MLP.
         latents: ranks of a site that are read from the document.
@@ -46,12 +38,12 @@ class Perceiver(Hypernet):
         scale: initial `output_scale`.
     """
 
+    name = "perceiver"
     strengths = ("output_scale",)
 
     def __init__(
         self,
-        sites: list[Site],
-        d_model: int,
+        shape: Shape,
         *,
         width: int = 320,
         depth: int = 4,
@@ -61,16 +53,10 @@ class Perceiver(Hypernet):
         scale: float = 0.01,
     ):
         super().__init__()
-        wrong = [site.path for site in sites if site.d_out != d_model]
-        if wrong:
-            raise InputError(f"the perceiver generator writes to the residual stream; {wrong[0]} does not")
-        if width % heads:
-            raise InputError(f"options of the hypernet perceiver: heads ({heads}) must divide width ({width})")
-        for name, value, least in (("depth", depth, 1), ("latents", latents, 1), ("fixed_ranks", fixed_ranks, 0)):
-            if value < least:
-                raise InputError(f"options of the hypernet perceiver: {name} ({value}) must be at least {least}")
+        self.check(shape, width, heads, depth=(depth, 1), latents=(latents, 1), fixed_ranks=(fixed_ranks, 0))
         if scale <= 0:
-            raise InputError(f"options of the hypernet perceiver: scale ({scale}) must be positive")
+            raise self.refuse(f"scale ({scale}) must be positive")
+        sites, d_model = shape.sites, shape.d_model
         self.mix = nn.Linear(3 * d_model, width)
         self.own = nn.ModuleList(nn.Linear(site.d_in, width, bias=False) for site in sites)
         self.norm = nn.LayerNorm(width)
@@ -83,15 +69,11 @@ class Perceiver(Hypernet):
         self.heads = nn.ModuleList(_Head(width, site, fixed_ranks) for site in sites)
         self.output_scale = nn.Parameter(torch.full((len(sites), latents + fixed_ranks), scale))
 
-    def forward(self, features: Features, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        latents = self.read(features)
-        factors = []
-        for index, (head, stat) in enumerate(zip(self.heads, statistics, strict=True)):
-            n, m = head(latents[:, index])
-            a = stat.moment.solve(n * stat.moment.diagonal.sqrt())  # (documents, ranks, d_in)
-            b = self.output_scale[index, :, None] * (stat.residual_norm / stat.gain) * m
-            factors.append((a, rearrange(b, "documents ranks d_out -> documents d_out ranks")))
-        return factors
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+        latents = self.read(reading.features)
+        made = [head(latents[:, index]) for index, head in enumerate(self.heads)]
+        scales = zip(made, self.output_scale, statistics, strict=True)
+        return [in_units(n, m, scale, stat) for (n, m), scale, stat in scales]
 
     def read(self, features: Features) -> Tensor:
         """Unit latents (documents, sites, latents, width)."""
