@@ -230,16 +230,7 @@ def load_base(
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": where}
-    if name in EMBEDDED:
-        source = str(_converted(EMBEDDED[name]()))
-    elif name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise BaseNotFound(f"no such file: {name}")
-        source = str(_converted(Path(name)))
-    else:
-        source = name
-        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-            raise BaseNotFound(f"{name} is a directory without config.json: not a model saved by transformers")
+    source = locate(name)
     try:
         model = _load(source, trust_remote_code, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -251,6 +242,19 @@ def load_base(
     if quantize is None:
         model.to(where)
     return base
+
+
+def locate(name: str) -> str:
+    """Directory or hub id of a base model, a GGUF file converted. Raises BaseNotFound."""
+    if name in EMBEDDED:
+        return str(_converted(EMBEDDED[name]()))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise BaseNotFound(f"no such file: {name}")
+        return str(_converted(Path(name)))
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise BaseNotFound(f"{name} is a directory without config.json: not a model saved by transformers")
+    return name
 
 
 def _advice(name: str, source: str) -> str:

@@ -55,7 +55,8 @@ class Generator(nn.Module):
     def attach(self, base: BaseModel) -> None:
         """Read documents with this base from now on."""
         self.encoder = Encoder(base, self.sites, self.config.chunk_tokens)
-        self.to(base.device)
+        if any(tensor.device != base.device for tensor in (*self.parameters(), *self.buffers())):
+            self.to(base.device)
 
     @property
     def base(self) -> BaseModel:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
 from hyperlora.generator import Generator
-from hyperlora.hypernet import Factors
+from hyperlora.leaves import joined, leaves_of
 from hyperlora.objectives import Row
 from hyperlora.recipe import Recipe
 from hyperlora.student import Student, checkpoint_layers
@@ -125,14 +124,12 @@ class Trainer:
             factors = self.generator.factors([self.generator.encoder.tokenize(item.text) for item in items])
             # Leaves in the place of A and B: each loss runs backward inside its own injection, which activation
             # checkpointing needs, and the graph behind the factors is walked once.
-            leaves = {
-                path: (a.detach().requires_grad_(), b.detach().requires_grad_()) for path, (a, b) in factors.items()
-            }
+            leaves = leaves_of(factors)
             for name, loss in self.student.losses(leaves, rows, labels).items():
                 totals[name] += loss
             if unrelated:
                 totals["unrelated"] += self.student.drift(leaves, unrelated, others)
-            self.engine.backward(_joined(factors, leaves), last=number == len(mine))
+            self.engine.backward(joined(factors, leaves), last=number == len(mine))
         norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == _PATIENCE:
@@ -256,12 +253,6 @@ class Trainer:
         if path.exists() and ranks.own() == 0:
             whole = path.read_text().split("\n")[:-1]  # a killed process may leave half a line
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
-
-
-def _joined(factors: dict[str, Factors], leaves: dict[str, Factors]) -> Tensor:
-    """A scalar whose gradient behind `factors` is the one that their `leaves` have gathered."""
-    ends = [pair for path in factors for pair in zip(factors[path], leaves[path], strict=True)]
-    return torch.stack([(end * leaf.grad).sum() for end, leaf in ends if leaf.grad is not None]).sum()
 
 
 def cosine(rate: float, step: int, warmup: int, steps: int) -> float:

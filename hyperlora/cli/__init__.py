@@ -16,6 +16,7 @@ from hyperlora.cli.generate import generate
 from hyperlora.cli.human import rate
 from hyperlora.cli.inspect import inspect
 from hyperlora.cli.judge import judge
+from hyperlora.cli.plan import plan
 from hyperlora.cli.teach import teach
 from hyperlora.cli.train import train
 from hyperlora.errors import HyperloraError
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (generate, ask, inspect, compose, train, teach, evaluate, compare, methods, judge):
+for command in (generate, ask, inspect, compose, train, plan, teach, evaluate, compare, methods, judge):
     app.command()(command)
 app.add_typer(rate, name="rate")
 

@@ -1,20 +1,17 @@
 """What a memory costs: FLOPs counted by torch, and the clock, one document and one question at a time."""
 
-import ctypes
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hyperlora.data.items import Item
+from hyperlora.flop_counter import flop_counter
 from hyperlora.memory import Memory
 from hyperlora.methods import Document, Method
+from hyperlora.peak_memory import peak_memory
 from hyperlora.runtime import Runtime
 
 _QUESTION = "What is this about?"
@@ -40,7 +37,7 @@ def measure_costs(
             "compile_flops": flops(lambda d=document, b=budget, m=memories: m.extend(method.compile(d, b))),  # type: ignore[misc]
             "query_flops": flops(lambda m=memories, p=prompts: runtime.generate_ids(m, p, 1)),  # type: ignore[misc]
         }
-        with _peak(runtime) as peak:
+        with peak_memory(runtime.base.device) as peak:
             start = _now(runtime)
             memories = method.compile(document, budget)
             row["compile_seconds"] = _now(runtime) - start
@@ -60,25 +57,9 @@ def measure_costs(
 
 def flops(action: Callable[[], Any]) -> float:
     """Floating-point operations of the matrix products and attention in `action`, backward passes included."""
-    aten = torch.ops.aten
-    unknown = {  # torch counts the kernels of CUDA, not those of the CPU
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
+    with flop_counter() as counter:
         action()
     return float(counter.get_total_flops())
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """From shapes (batch, heads, tokens, head_dim): two matrix products."""
-    batch, heads, tokens, width = query
-    return 2 * batch * heads * tokens * key[2] * (width + value[3])
-
-
-def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """The scores are computed again, and both products have two gradients: five products in all."""
-    return 5 * _attention(query, key, value) // 2
 
 
 def break_even(compile_flops: float, query_flops: float, base_once: float, base_query: float) -> float | None:
@@ -95,32 +76,3 @@ def _now(runtime: Runtime) -> float:
     if runtime.base.device.type == "cuda":
         torch.cuda.synchronize(runtime.base.device)
     return time.perf_counter()
-
-
-@contextmanager
-def _peak(runtime: Runtime) -> Iterator[Callable[[], float]]:
-    """Inside the block memory is watched; the function gives the bytes at the peak above the start (0 if unknown)."""
-    device = runtime.base.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: float(torch.cuda.max_memory_allocated(device) - before)
-        return
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        yield lambda: 0.0
-        return
-
-    def kib(field: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
-
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed before must not make room for what is measured
-    try:
-        reset.write_text("5")  # forget the peak so far, that before the trimming too
-    except OSError:
-        yield lambda: 0.0
-        return
-    before = kib("VmRSS")
-    yield lambda: 1024.0 * max(0, kib("VmHWM") - before)

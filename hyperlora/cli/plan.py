@@ -1,0 +1,88 @@
+"""`hyperlora plan`: what a recipe will need on GPUs that are not there yet."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hyperlora.cli import loading, options
+
+if TYPE_CHECKING:
+    from hyperlora.planning import MicroBatch
+
+STAGES = (None, 1, 2, 3)
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); see train/.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="As for `train`; only its config is read. Or a config.json.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Processes that share out the micro-batches.")] = 1,
+    documents: Annotated[str, typer.Option(help="Documents per micro-batch to plan for.")] = "1,2,4,8,16",
+    gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of a GPU; more is marked with *.")] = 80,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a question in the chat's format.")] = 64,
+    reply_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 16,
+    tflops: Annotated[
+        float | None, typer.Option(min=0, help="Sustained by one GPU; adds the seconds of a step.")
+    ] = None,
+    dtype: options.Dtype = "bfloat16",
+    as_json: options.Json = False,
+) -> None:
+    """Show the memory of every GPU at each ZeRO stage, and the operations of a step, without loading a weight.
+
+    The largest documents of the recipe's mix are assumed. What the allocator and CUDA keep for themselves is not in it.
+    """
+    from tqdm import tqdm
+
+    from hyperlora import planning
+    from hyperlora.errors import InputError
+    from hyperlora.recipe import read_recipe
+
+    checked = read_recipe(recipe)
+    if checked.micro_batches % gpus:
+        raise InputError(
+            f"micro_batches is {checked.micro_batches}, which {gpus} GPUs cannot share out; make it a multiple"
+        )
+    try:
+        counts = [int(part) for part in documents.split(",")]
+        assert min(counts) > 0
+    except (ValueError, AssertionError):
+        raise InputError(f"--documents {documents!r}: give numbers with commas, such as 1,2,4") from None
+    loads = planning.read_loads(checked, prompt_tokens, reply_tokens)
+    kind = loading.base_options(None, dtype, None, False)["dtype"]
+    rows = []
+    for count in tqdm(counts, unit="plan", disable=None, leave=False):
+        step = planning.plan(checked, base, count, loads, kind)
+        memories = {stage: planning.memory(step, stage, gpus) for stage in STAGES}
+        flops = step.flops * checked.micro_batches / gpus
+        rows.append((step, memories, flops))
+    if as_json:
+        for step, memories, flops in rows:
+            by_stage = {"none" if stage is None else str(stage): vars(found) for stage, found in memories.items()}
+            record = {**vars(step), "step_flops": flops, "memory": by_stage}
+            print(json.dumps(record | ({"step_seconds": flops / tflops / 1e12} if tflops else {})))
+        return
+    gib = 2**30
+    step, *_ = rows[0]
+    print(f"base        {step.base / gib:.2f} GiB in {dtype} in every process")
+    print(f"generator   {step.generator // planning.FLOAT / 1e6:.1f} M parameters ({checked.generator.hypernet})")
+    print(f"{'documents':>9} {'TFLOP/step':>11}", *([f"{'s/step':>8}"] if tflops else []), end="")
+    print(*(f"{'no ZeRO' if stage is None else f'ZeRO {stage}':>9}" for stage in STAGES), "   GiB per GPU")
+    for one, memories, flops in rows:
+        print(
+            f"{one.documents:9d} {flops / 1e12:11.2f}", *([f"{flops / tflops / 1e12:8.3f}"] if tflops else []), end=""
+        )
+        cells = [found.total / gib for found in memories.values()]
+        print(*(f"{f'{cell:.1f}' + '*' * (cell > gpu_memory):>9}" for cell in cells))
+    if rows[0][1][STAGES[-1]].total > gpu_memory * gib:
+        print(_advice(step, gpu_memory * gib))
+
+
+def _advice(step: "MicroBatch", limit: float) -> str:
+    if step.base > limit:
+        return (
+            "the base alone does not fit, and every process holds all of it; choose a smaller one, or --dtype bfloat16"
+        )
+    return "even the first row does not fit: lower documents, max_tokens or questions, or set checkpointing: true"

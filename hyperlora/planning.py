@@ -1,0 +1,206 @@
+"""What a training run will need, computed before there is a machine: memory of each process, operations of a step.
+
+The base is built from its config alone with tensors that have shapes and no data, and one micro-batch of the recipe's
+largest documents runs through generator and student in that form. What lives at the peak and what is computed is then
+known for any architecture, without a formula for each.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound, locate
+from hyperlora.flop_counter import flop_counter
+from hyperlora.generator import Generator
+from hyperlora.inject import inject
+from hyperlora.leaves import joined, leaves_of
+from hyperlora.live_bytes import LiveBytes
+from hyperlora.recipe import FactsTask, QATask, Recipe, TextTask
+from hyperlora.student import checkpoint_layers
+
+FLOAT = 4  # bytes of a number of the trained module, its gradient and each of Adam's moments
+_FACT_TOKENS = 14
+_BUCKET = 500_000_000  # DeepSpeed's default for `reduce_bucket_size`, numbers
+_PREFETCH = 50_000_000  # and for `stage3_prefetch_bucket_size`
+
+
+@dataclass(frozen=True)
+class Load:
+    """The largest thing that a task of the mix brings into a micro-batch, in tokens.
+
+    Attributes:
+        document: tokens of a document; `questions` rows of `row` tokens are asked on each, `labels` of them scored.
+    """
+
+    document: int
+    questions: int
+    row: int
+    labels: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sizes in bytes, `flops` of forward and backward passes, the mean over tasks.
+
+    Attributes:
+        base: the frozen weights.
+        generator: weights of the trained module in float32; `calibration`, what it measured of the base.
+        working: the most that lives besides the weights and their gradients, of the worst task.
+    """
+
+    documents: int
+    base: int
+    generator: int
+    calibration: int
+    working: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at one ZeRO stage (None: without DeepSpeed)."""
+
+    stage: int | None
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    total: int
+
+
+def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Load]:
+    """The loads of a recipe's tasks; a prompt has `prompt_tokens`, its reply `reply_tokens`."""
+    loads = []
+    for task in recipe.mix:
+        row = prompt_tokens + reply_tokens
+        if isinstance(task, FactsTask):
+            loads.append(Load(_FACT_TOKENS * task.facts[1], task.questions, row, reply_tokens, task.weight))
+        elif isinstance(task, QATask):
+            loads.append(Load(task.max_tokens, task.questions, row, reply_tokens, task.weight))
+        else:
+            assert isinstance(task, TextTask)
+            loads.append(Load(task.tokens[1], 2, 64, max(60, task.following), task.weight))
+    return loads
+
+
+def plan(recipe: Recipe, base: str | None, documents: int, loads: list[Load], dtype: torch.dtype) -> MicroBatch:
+    """Sizes of a micro-batch of `documents`.
+
+    Raises:
+        BaseNotFound: there is no config of that base.
+        UnsupportedBase, InputError: no generator can be made for it.
+    """
+    config = _config(base or recipe.base or DEFAULT_BASE)
+    with FakeTensorMode():
+        model = _bare(config, dtype)
+        generator = Generator(model, recipe.generator)
+        if recipe.checkpointing:
+            generator.through = partial(checkpointed, generator.hypernet, use_reentrant=False)
+            checkpoint_layers(model.model)
+        for parameter in generator.hypernet.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        held = [*model.model.parameters(), *model.model.buffers(), *generator.parameters(), *generator.buffers()]
+        held += [p.grad for p in generator.hypernet.parameters() if p.grad is not None]
+        peak, operations = 0, 0.0
+        for load in loads:
+            with LiveBytes(held) as live, flop_counter() as counter:
+                _micro_batch(generator, recipe, documents, load)
+            peak = max(peak, live.peak)
+            operations += counter.get_total_flops() * load.weight / sum(other.weight for other in loads)
+    return MicroBatch(
+        documents,
+        _bytes(model.model.parameters()) + _bytes(model.model.buffers()),
+        _bytes(generator.hypernet.parameters()),
+        _bytes(generator.statistics.buffers()),
+        peak,
+        operations,
+    )
+
+
+def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = _BUCKET) -> Memory:
+    """Bytes of one of `processes`. ZeRO keeps a flat copy of its share of the weights, which the optimizer updates.
+
+    Without DeepSpeed, and in its stage 0, nothing is shared out. Stage 1 shares out the optimizer's state, 2 the
+    gradients too, 3 the weights too. Every process holds the whole base. Buffers are what gradients are summed in and
+    weights are gathered in; they and a step of the optimizer do not come at the same time as the activations' peak, but
+    allocators keep them.
+    """
+    numbers = step.generator
+    share = numbers // processes
+    if stage in (None, 0):
+        weights, gradients, optimizer, buffers = numbers, numbers, 2 * numbers, 0
+    elif stage == 1:
+        weights, gradients, optimizer, buffers = numbers, numbers, 3 * share, 0
+    elif stage == 2:
+        weights, gradients, optimizer, buffers = numbers, share, 3 * share, min(numbers, FLOAT * bucket)
+    else:
+        gathered = min(numbers, FLOAT * _PREFETCH) + min(numbers, FLOAT * bucket)
+        weights, gradients, optimizer, buffers = share, share, 3 * share, gathered
+    fixed = step.base + step.calibration + weights + gradients + optimizer
+    return Memory(stage, weights, gradients, optimizer, buffers, fixed + buffers + step.working)
+
+
+def _micro_batch(generator: Generator, recipe: Recipe, documents: int, load: Load) -> None:
+    """What `Trainer.train_step` does to a micro-batch."""
+    base, rows = generator.base, documents * load.questions
+    factors = generator.factors([[0] * load.document] * documents)
+    leaves = leaves_of(factors)
+    if recipe.teacher.hidden:
+        with torch.no_grad():
+            _logits(base, rows, load.document + load.row, load.labels)
+    with inject(base.model, leaves):
+        logits = _logits(base, rows, load.row, load.labels)
+        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
+    del logits
+    if recipe.unrelated:
+        count, tokens = math.ceil(documents * recipe.unrelated.share), recipe.unrelated.tokens
+        with torch.no_grad():
+            bare = _logits(base, count, tokens, tokens)
+        with inject(base.model, {path: (a[:count], b[:count]) for path, (a, b) in leaves.items()}):
+            patched = F.log_softmax(_logits(base, count, tokens, tokens), dim=-1)
+            F.kl_div(patched, F.log_softmax(bare, dim=-1), reduction="sum", log_target=True).backward()
+        del bare, patched
+    joined(factors, leaves).backward()
+
+
+def _logits(base: BaseModel, rows: int, tokens: int, labels: int) -> Tensor:
+    """(rows * labels, vocabulary) in float32."""
+    hidden = base.model.base_model(input_ids=torch.zeros(rows, tokens, dtype=torch.long), use_cache=False)[0]
+    return base.model.get_output_embeddings()(hidden[:, -labels:].flatten(0, 1)).float()
+
+
+def _config(name: str) -> Any:
+    """The config of a base, or the one in a JSON file."""
+    try:
+        if name.endswith(".json"):
+            fields = json.loads(Path(name).read_text())
+            return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return transformers.AutoConfig.from_pretrained(locate(name))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseNotFound(f"no config of a base model at {name} ({str(error).splitlines()[0]})") from error
+
+
+def _bare(config: Any, dtype: torch.dtype) -> BaseModel:
+    """A base without data. Of its tokenizer only the first token matters, which a chunk starts with."""
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    tokenizer = Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    return BaseModel("planned", model, fast)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,155 @@
+"""Plans against what real runs take."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hyperlora import planning
+from hyperlora.flop_counter import flop_counter
+from hyperlora.hypernet import HYPERNETS
+from hyperlora.live_bytes import LiveBytes
+from hyperlora.recipe import Recipe, Teacher, Unrelated
+from hyperlora.training import Trainer
+
+from .conftest import OPTIONS, Run, make_base, make_generator, one_line
+
+
+def test_live_bytes_are_those_of_storages() -> None:
+    """Views and weights do not count; what is freed counts no more; the peak stays."""
+    weight = torch.randn(10, 10, requires_grad=True)
+    with LiveBytes([weight]) as live:
+        weight.T.contiguous()
+        assert live.now == 0 and live.peak == 400
+        a = torch.zeros(250)
+        b = a.view(10, 25)[2:]
+        assert live.now == 1000
+        del a
+        assert live.now == 1000
+        del b
+        assert live.now == 0
+        (weight @ weight).exp().sum().backward()
+        assert live.now == 400  # the gradient
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", sorted(HYPERNETS))
+def test_a_plan_is_what_a_step_takes(
+    recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str], name: str, checkpointing: bool
+) -> None:
+    """The same step with data, on documents and questions of the planned sizes, with all parts of the loss."""
+    (tmp_path / "run").mkdir()
+    settings = {"hypernet": name, "options": OPTIONS[name], "layers": [1, 3]}
+    recipe = recipe.model_copy(
+        update={
+            "generator": recipe.generator.model_copy(update=settings),
+            "documents": 4,
+            "micro_batches": 1,
+            "checkpointing": checkpointing,
+            "unrelated": Unrelated(sources=recipe.calibration.sources, tokens=24),
+            "teacher": Teacher(hidden=0.1, hidden_layers=2),
+        }
+    )
+    base = make_base()
+    run = Trainer(recipe, make_generator(base, **recipe.generator.model_dump()), tmp_path / "run")
+    item, rng = next((item, rng) for item, rng in (run.mix.draw(0) for _ in range(50)) if item.questions)
+    run.mix.draw = lambda _: (item, rng)  # type: ignore[method-assign, assignment]
+    rows = run.student.rows(0, item, rng)
+    load = planning.Load(
+        document=len(run.generator.encoder.tokenize(item.text)),
+        questions=len(rows),
+        row=max(len(row.ids) for row in rows),
+        labels=max(row.labels for row in rows),
+        weight=1.0,
+    )
+    run.train_step()  # gradients and moments are there from now on
+    for parameter in run.generator.hypernet.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    held = [*base.model.parameters(), *base.model.buffers(), *run.generator.parameters(), *run.generator.buffers()]
+    held += [p.grad for p in run.generator.hypernet.parameters() if p.grad is not None]
+    gc.collect()
+    gc.disable()  # activation checkpointing leaves cycles, which it would free at any time
+    try:
+        with LiveBytes(held) as live, flop_counter() as counter:
+            run.train_step()
+        planned = planning.plan(recipe, tiny_dirs[0], 4, [load], torch.float32)
+    finally:
+        gc.enable()
+    assert planned.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert 0.95 * live.peak < planned.working < 1.2 * live.peak
+    assert planned.base == sum(4 * p.numel() for p in base.model.parameters()) + sum(
+        b.numel() * b.element_size() for b in base.model.buffers()
+    )
+
+
+def test_stages_share_out_what_they_say() -> None:
+    step = planning.MicroBatch(8, base=1000, generator=400, calibration=10, working=500, flops=1.0)
+    plain, one, two, three = (planning.memory(step, stage, 4, bucket=5) for stage in (None, 1, 2, 3))
+    assert plain.total == 1000 + 10 + 400 * 4 + 500
+    assert (one.weights, one.gradients, one.optimizer, one.buffers) == (400, 400, 300, 0)
+    assert (two.weights, two.gradients, two.optimizer, two.buffers) == (400, 100, 300, 20)
+    assert (three.weights, three.gradients, three.optimizer) == (100, 100, 300)
+    assert planning.memory(step, None, 1).total == planning.memory(step, 0, 8).total
+
+
+@pytest.fixture
+def recipe_file(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str]) -> Path:
+    recipe.base = tiny_dirs[0]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return path
+
+
+def test_plan_prints_a_table_or_json(run: Run, recipe_file: Path) -> None:
+    code, out, err = run("plan", recipe_file, "--documents", "1,3", "--tflops", "1")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()][-2:] == ["1", "3"], err
+    code, out, _ = run("plan", recipe_file, "--documents", "1,3", "--json", "--dtype", "float32")
+    one, three = map(json.loads, out.splitlines())
+    assert three["step_flops"] == pytest.approx(3 * one["step_flops"], rel=0.1)
+    assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"] and set(one["memory"]) == {"none", "1", "2", "3"}
+    code, out, _ = run("plan", recipe_file, "--documents", "1", "--gpu-memory", "0.0001")
+    assert code == 0 and "*" in out and "the base alone does not fit" in out
+
+
+def test_a_base_may_be_nothing_but_a_config(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    (tmp_path / "big.json").write_text(json.dumps(config | {"num_attention_heads": 4, "vocab_size": 100}))
+    code, out, err = run("plan", recipe_file, "--base", tmp_path / "big.json", "--documents", "1", "--json")
+    layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
+    assert code == 0 and json.loads(out)["base"] == 2 * (2 * 100 * 64 + 4 * layer + 64) + 2 * 8 * 4, (
+        err
+    )  # two tables of frequencies
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--documents", "2,x"], "give numbers with commas"),
+        (["--documents", "0"], "give numbers with commas"),
+        (["--gpus", "7"], "7 GPUs cannot share out"),
+        (["--base", "nowhere.json"], "no config of a base model at nowhere.json"),
+        (["--dtype", "float7"], "unknown dtype"),
+    ],
+)
+def test_plans_that_cannot_be_made(run: Run, recipe_file: Path, arguments: list[str], message: str) -> None:
+    code, out, err = run("plan", recipe_file, *arguments)
+    assert code != 0 and message in one_line(err) and not out
+
+
+def test_a_config_of_no_model(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    for text in ("{", "{}", '{"model_type": "lama"}', "[]"):
+        (tmp_path / "bad.json").write_text(text)
+        code, _, err = run("plan", recipe_file, "--base", tmp_path / "bad.json")
+        assert code != 0 and "no config of a base model" in one_line(err), text
+
+
+def test_long_documents_are_planned_in_chunks(recipe: Recipe, tiny_dirs: tuple[str, str]) -> None:
+    """The patches of several chunks cost as many operations more, and their memory does not add up."""
+    recipe.generator = recipe.generator.model_copy(update={"chunk_tokens": 32})
+    loads = [[planning.Load(n, 1, 24, 8, 1.0)] for n in (32, 128)]
+    short, long = (planning.plan(recipe, tiny_dirs[0], 1, load, torch.float32) for load in loads)
+    assert long.flops > 1.2 * short.flops
+    assert long.working < 4 * short.working
