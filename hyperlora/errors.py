@@ -26,6 +26,10 @@ class TrainingDiverged(HyperloraError):
     """The gradients stopped being finite."""
 
 
+class OutOfMemory(HyperloraError):
+    """A step needs more memory than there is."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to an error about an unknown `word`: the closest known names, or all of them."""
     names = [str(name) for name in known]

@@ -22,7 +22,7 @@ from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
 from hyperlora.data.sources import load
 from hyperlora.engine import Engine, PlainEngine
-from hyperlora.errors import InputError, TrainingDiverged
+from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
 from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
@@ -158,7 +158,12 @@ class Trainer:
             stopping = False
             while self.step < self.recipe.steps and not stopping:
                 start = time.perf_counter()
-                metrics = self.train_step()
+                try:
+                    metrics = self.train_step()
+                except RuntimeError as error:  # the CPU's allocator has no error of its own
+                    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                        raise OutOfMemory(_too_large(self.recipe)) from error
+                    raise
                 self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
@@ -253,6 +258,14 @@ class Trainer:
         if path.exists() and ranks.own() == 0:
             whole = path.read_text().split("\n")[:-1]  # a killed process may leave half a line
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+def _too_large(recipe: Recipe) -> str:
+    checkpointing = "" if recipe.checkpointing else ", or set checkpointing: true"
+    return (
+        f"out of memory at documents: {recipe.documents}; lower documents (and raise micro_batches), the mix's "
+        f"questions or max_tokens{checkpointing}; `hyperlora plan` shows what fits. The last checkpoint is intact"
+    )
 
 
 def cosine(rate: float, step: int, warmup: int, steps: int) -> float:

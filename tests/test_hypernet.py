@@ -164,8 +164,7 @@ def test_rows_of_memory_become_rows_of_factors(base: BaseModel, documents: list[
     assert isinstance(hypernet, MemoryTokens)
     hypernet.blocks = torch.nn.ModuleList()
     reading = generator.encoder.open([generator.encoder.tokenize(documents[0])])
-    adapter = {path: part() for path, part in zip(hypernet.paths, hypernet.adapter, strict=True)}
-    states = reading.memory(hypernet.tokens, adapter, hypernet.layers)
+    states = reading.memory(hypernet.tokens, hypernet.adapter(), hypernet.layers)
     z = torch.nn.functional.rms_norm(states, (32,)) + hypernet.layer + hypernet.place
     for row, ((a, b), stat) in enumerate(
         zip(hypernet(reading, generator.statistics), generator.statistics, strict=True)

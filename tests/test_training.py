@@ -8,7 +8,7 @@ import torch
 from hyperlora.base_model import BaseModel
 from hyperlora.data.overlap import Overlap
 from hyperlora.engine import PlainEngine
-from hyperlora.errors import InputError, TrainingDiverged
+from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.recipe import Recipe, read_recipe
 from hyperlora.training import Trainer, start
@@ -141,6 +141,21 @@ def test_endless_nan_ends_the_run(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match="lower learning_rate"):
         for _ in range(20):
             run.train_step()
+
+
+def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> None:
+    run = trainer(recipe, tmp_path / "run")
+    step = run.train_step
+    run.train_step = lambda: step() if run.step < 3 else torch.empty(2**45)  # type: ignore[method-assign, return-value]
+    with pytest.raises(OutOfMemory, match=r"at documents: 3; lower documents .* or set checkpointing: true"):
+        run.run()
+    again = trainer(recipe, tmp_path / "run")
+    assert again.resume() and again.step == 3
+    again.recipe = recipe.model_copy(update={"checkpointing": True})
+    again.train_step = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory) as found:
+        again.run()
+    assert "checkpointing" not in str(found.value)
 
 
 def test_start_refuses_a_folder_of_something_else(recipe: Recipe, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from hyperlora import zero
 from hyperlora.errors import InputError
+from hyperlora.hypernet import HYPERNETS
 from hyperlora.recipe import Recipe
 from hyperlora.training import start
 
-from .conftest import losses
+from .conftest import OPTIONS, losses
 
 pytest.importorskip("deepspeed")
 psutil = pytest.importorskip("psutil")
@@ -91,6 +92,15 @@ def test_zero_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_
     subprocess.run([sys.executable, *command.split()[1:]], check=True, capture_output=True)
     finished(launch(1, recipe_file, "-o", alone, *settings))
     assert losses(alone) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in HYPERNETS if name != "associative"])
+def test_sharded_weights_serve_every_architecture(recipe: Recipe, recipe_file: Path, tmp_path: Path, name: str) -> None:
+    recipe.generator = recipe.generator.model_copy(update={"hypernet": name, "options": OPTIONS[name]})
+    recipe_file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    start(recipe, tmp_path / "one", "tiny").run()
+    finished(launch(2, recipe_file, "-o", tmp_path / "two", "--deepspeed", CONFIGS / "zero3.json"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from hyperlora.hypernet.blocks import Block
 from hyperlora.hypernet.contract import Factors, Hypernet, Reading, Shape
 from hyperlora.hypernet.units import in_units
 from hyperlora.statistics import SiteStatistics
-from hyperlora.structure import Site
 
 
 class MemoryTokens(Hypernet):
@@ -62,8 +61,13 @@ class MemoryTokens(Hypernet):
         numbers = max(rank * sum(site.d_in + site.d_out for _, site in members) for members in self.members)
         count = math.ceil(numbers / shape.d_model)
         self.tokens = nn.Parameter(torch.randn(count, shape.d_model))
-        self.paths = [site.path for site in shape.linears]
-        self.adapter = nn.ModuleList(_Adapter(site, adapter_rank) for site in shape.linears)
+        self.linears, self.adapter_rank = shape.linears, adapter_rank
+        # All modules' A, random, and B, zero (LoRA, Hu et al. 2021), in one parameter each: ZeRO 3 takes weights away
+        # when the module that owns them is done, and these are needed until the base has read.
+        self.adapter_a = nn.Parameter(
+            torch.cat([torch.randn(adapter_rank * site.d_in) / site.d_in**0.5 for site in shape.linears])
+        )
+        self.adapter_b = nn.Parameter(torch.zeros(adapter_rank * sum(site.d_out for site in shape.linears)))
         self.layer = nn.Parameter(0.1 * torch.randn(len(self.layers), 1, shape.d_model))
         self.place = nn.Parameter(0.1 * torch.randn(count, shape.d_model))
         self.blocks = nn.ModuleList(Block(shape.d_model, heads) for _ in range(depth))
@@ -71,8 +75,7 @@ class MemoryTokens(Hypernet):
         self.output_scale = nn.Parameter(torch.full((len(shape.sites), rank), scale))
 
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        adapter = {path: part() for path, part in zip(self.paths, self.adapter, strict=True)}
-        z = reading.memory(self.tokens, adapter, self.layers)  # (documents, layers, tokens, d_model)
+        z = reading.memory(self.tokens, self.adapter(), self.layers)  # (documents, layers, tokens, d_model)
         z = F.rms_norm(z, z.shape[-1:]) + self.layer + self.place
         for across_layers, across_tokens in zip(self.blocks[::2], self.blocks[1::2], strict=True):
             layers, tokens = z.shape[1:3]
@@ -89,14 +92,12 @@ class MemoryTokens(Hypernet):
                 factors[number] = in_units(n, m, self.output_scale[number], statistics[number])
         return [factors[number] for number in range(len(factors))]
 
-
-class _Adapter(nn.Module):
-    """A (1, rank, d_in), random, and B (1, d_out, rank), zero at the start, of one module (LoRA, Hu et al. 2021)."""
-
-    def __init__(self, site: Site, rank: int):
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(1, rank, site.d_in) / site.d_in**0.5)
-        self.b = nn.Parameter(torch.zeros(1, site.d_out, rank))
-
-    def forward(self) -> Factors:
-        return self.a, self.b
+    def adapter(self) -> dict[str, Factors]:
+        """The LoRA that is on while the base reads: A (1, rank, d_in) and B (1, d_out, rank) per module."""
+        rank = self.adapter_rank
+        downs = self.adapter_a.split([rank * site.d_in for site in self.linears])
+        ups = self.adapter_b.split([rank * site.d_out for site in self.linears])
+        return {
+            site.path: (down.view(1, rank, site.d_in), up.view(1, site.d_out, rank))
+            for site, down, up in zip(self.linears, downs, ups, strict=True)
+        }
