@@ -28,12 +28,19 @@ class Encoder:
 
     A chunk starts with the prompt's first token, which models use as an attention sink; it is not part of the
     features. Chunks are padded on the right without a mask: under causal attention a real token never sees padding.
+    Where the base runs flash-attention there is no padding: ragged chunks stand behind each other in one sequence, told
+    apart by their positions.
 
     Args:
         sites: modules whose inputs are kept.
         chunk_tokens: longest piece of a document read at once.
         batch_tokens: chunks are read together up to this many padded tokens.
+
+    Attributes:
+        packed: leave out the padding with any attention.
     """
+
+    packed = False
 
     def __init__(self, base: BaseModel, sites: list[Site], chunk_tokens: int = 512, batch_tokens: int = 2048):
         self.base = base
@@ -87,12 +94,14 @@ class Encoder:
         middle = self._last // 2
         for layer in {0, middle}:
             handles.append(self._blocks[layer].register_forward_pre_hook(_keeper(kept, layer), with_kwargs=True))
+        skip = len(self.sink)
+        real = nn.functional.pad(mask, (skip, 0), value=True)
         try:
-            kept |= self._until_the_last([self._last], input_ids=ids)
+            kept |= self._until_the_last([self._last], real, input_ids=ids)
         finally:
             for handle in handles:
                 handle.remove()
-        skip = len(self.sink)
+        kept = {key: _spread(states, real) for key, states in kept.items()}
         ids = ids[:, skip:]
         table = base.model.get_output_embeddings().weight
         words = nn.functional.normalize(table[ids].float(), dim=-1) * mask[..., None]  # (chunks, tokens, d_model)
@@ -120,9 +129,11 @@ class Encoder:
         places = begin[:, None] + torch.arange(count, device=ids.device)  # (chunks, count)
         rows = torch.arange(len(chunks), device=ids.device)[:, None]
         embeds = embeds.index_put((rows, places), (size[:, None, None] * tokens).to(embeds.dtype))
+        real = torch.arange(embeds.shape[1], device=ids.device) < begin[:, None] + count
         with inject(self.base.model, adapter), self._stored():
-            kept = self._until_the_last(layers, inputs_embeds=embeds)
-        return torch.stack([kept[_behind(layer)][rows, places].float() for layer in layers], dim=1)
+            kept = self._until_the_last(layers, real, inputs_embeds=embeds)
+        behind = [_spread(kept[_behind(layer)], real)[rows, places].float() for layer in layers]
+        return torch.stack(behind, dim=1)
 
     def _padded(self, chunks: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids (chunks, sink and tokens) and mask (chunks, tokens)."""
@@ -134,8 +145,14 @@ class Encoder:
             mask[row, : len(chunk)] = True
         return ids.to(self.base.device), mask.to(self.base.device)
 
-    def _until_the_last(self, layers: Sequence[int], **inputs: Tensor) -> dict[Any, Tensor]:
-        """Run the base up to its last layer that matters; what is behind `layers`, by `_behind`."""
+    def _until_the_last(self, layers: Sequence[int], real: Tensor, **inputs: Tensor) -> dict[Any, Tensor]:
+        """Run the base up to its last layer that matters; what is behind `layers`, by `_behind`.
+
+        `inputs` are padded; where they are packed, as `real` (chunks, tokens) says, so is what comes back.
+        """
+        if len(real) > 1 and (self.packed or self.base.attention.startswith("flash")):
+            positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
+            inputs = {name: padded[real][None] for name, padded in (inputs | {"position_ids": positions}).items()}
         kept: dict[Any, Tensor] = {}
 
         def keep(layer: int, _: nn.Module, __: Any, output: Any) -> None:
@@ -181,6 +198,13 @@ class ChunkReading(Reading):
     def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
         with self._timed():
             return self._encoder.memory(self._chunks, tokens, adapter, layers)
+
+
+def _spread(states: Tensor, real: Tensor) -> Tensor:
+    """(chunks, tokens, d) again where `states` (1, real tokens, d) are packed, zero at padding."""
+    if len(states) == len(real):
+        return states
+    return states.new_zeros(*real.shape, states.shape[-1]).index_put(real.nonzero(as_tuple=True), states[0])
 
 
 def _behind(layer: int) -> str:

@@ -3,7 +3,7 @@ from itertools import chain
 import pytest
 import torch
 
-from hyperlora.base_model import BaseModel
+from hyperlora.base_model import BaseModel, load_base
 from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError
 from hyperlora.structure import decoder_layers, find_sites, is_transposed, linears
@@ -35,6 +35,48 @@ def test_padding_and_company_change_nothing(any_base: BaseModel, documents: list
         assert together.mask[row].sum() == len(own)
         for joint, single in zip(together.inputs, alone.inputs, strict=True):
             torch.testing.assert_close(joint[row, : len(own)], single[0], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_chunks_are_read_as_padded_ones(any_base: BaseModel, documents: list[str]) -> None:
+    """As with flash-attention: ragged chunks in one sequence, also with memory tokens and in a sliding window."""
+    sites = find_sites(any_base.model, [1, 3])
+    padded, packed = Encoder(any_base, sites), Encoder(any_base, sites)
+    packed.packed = True
+    ids = [padded.tokenize(text) for text in (documents[0], documents[1][:30], documents[2])]
+    widths: list[tuple[int, ...]] = []
+    handle = any_base.model.get_submodule(sites[0].path).register_forward_pre_hook(
+        lambda m, args: widths.append(tuple(args[0].shape[:2]))
+    )
+    one, other = padded.read(ids), packed.read(ids)
+    handle.remove()
+    assert widths == [(3, 1 + max(map(len, ids))), (1, 3 + sum(map(len, ids)))]
+    mask = one.mask[..., None]
+    for name in ("words", "following"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    torch.testing.assert_close(one.hidden * mask[..., None], other.hidden * mask[..., None], rtol=1e-4, atol=1e-4)
+    for x, y in zip(one.inputs, other.inputs, strict=True):
+        torch.testing.assert_close(x * mask, y * mask, rtol=1e-4, atol=1e-4)
+    tokens = torch.randn(3, 32, requires_grad=True)
+    found = [encoder.memory(ids, tokens, {}, [1, 3]) for encoder in (padded, packed)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    slopes = [torch.autograd.grad(states.square().sum(), tokens)[0] for states in found]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_flash_attention_reads_as_sdpa_does(documents: list[str]) -> None:
+    """Ragged chunks of a real base in bfloat16."""
+    pytest.importorskip("flash_attn")
+    flash = load_base(dtype=torch.bfloat16, device="cuda")
+    assert flash.attention == "flash_attention_2"
+    sites = find_sites(flash.model, [10, 20])
+    ids = [Encoder(flash, sites).tokenize(text) for text in (documents[0] * 9, documents[1], documents[2] * 3)]
+    packed = Encoder(flash, sites).read(ids)
+    flash.model.set_attn_implementation("sdpa")
+    padded = Encoder(flash, sites).read(ids)
+    mask = padded.mask[..., None]
+    for x, y in zip(packed.inputs, padded.inputs, strict=True):
+        assert ((x - y) * mask).norm() < 0.03 * (y * mask).norm()
 
 
 def test_memory_tokens_stand_behind_each_chunk(any_base: BaseModel, documents: list[str]) -> None:
