@@ -54,12 +54,12 @@ class Distillation(Method):
         rank: int = Field(256, gt=0)
         layers: list[int] | None = None
         modules: list[str] | None = None
-        conversations: int = Field(160, ge=16)
+        conversations: int = Field(320, ge=16)
         reply_tokens: int = Field(32, gt=1)
         ridge: float | None = Field(0.1, gt=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(32, ge=0)
+        steps: int = Field(64, ge=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(1e-4, gt=0)
         warmup: int = Field(5, ge=0)

@@ -93,8 +93,8 @@ def study(
 ) -> list[Conversation]:
     """At most `conversations` about the document, no question twice, and one recitation of every chunk of it.
 
-    Three in four are plain questions, to be answered in a few words; the rest take the other manners in turn and any
-    length of answer. Sentences come in turn, or evenly spread where there are more sentences than
+    Three in four are plain questions, most of them to be answered in a few words; the rest take the other manners in
+    turn and any length of answer. Sentences come in turn, or evenly spread where there are more sentences than
     conversations. The model sees one chunk of at most `chunk_tokens`, less where its window is small.
 
     Raises:
@@ -124,8 +124,8 @@ def study(
         chunk, piece = pieces[int(number * max(1, len(pieces) / conversations)) % len(pieces)]
         opening = f"Sentence: {piece}\nQuestion: {start}".rstrip()
         openings.append(Prompt(chunk, document_ids(base.tokenizer, opening)[-_OPENING:], []))
-        length = LENGTHS[1] if manner == plain else LENGTHS[pick % len(LENGTHS)]
-        starts.append((manner, start, length, chunk))
+        brief = manner == plain and pick % 4
+        starts.append((manner, start, LENGTHS[1] if brief else LENGTHS[pick // 4 % len(LENGTHS)], chunk))
     told = [Memory(text=tuple(document_ids(base.tokenizer, EXAMPLES + text))) for text in texts]
     rests = _texts(base, runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, seeds))
     for (manner, start, length, chunk), rest in zip(starts, rests, strict=True):
