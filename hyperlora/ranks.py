@@ -1,7 +1,10 @@
 """Processes that do one job together, as torchrun and deepspeed start them: which one this is, what they agree on."""
 
+import atexit
 import os
+import sys
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,19 @@ def leave() -> None:
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
+
+
+def end(code: object) -> NoReturn:
+    """End this process with the code of a `SystemExit`.
+
+    A thread of gloo may still hold tensors when the interpreter goes down, and its grasp for the interpreter's lock
+    then aborts a process that has done all of its work (https://github.com/pytorch/pytorch/issues/38228). So the exit
+    handlers run, and nothing after them.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def count() -> int:

@@ -51,7 +51,14 @@ def _root(
 
 def main() -> None:
     """Entry point of `hyperlora`."""
-    guarded(app)
+    try:
+        guarded(app)
+    except SystemExit as end:
+        if "RANK" in os.environ:  # one of several processes
+            from hyperlora import ranks
+
+            ranks.end(end.code)
+        raise
 
 
 def guarded(command: Callable[[], object]) -> None:
