@@ -12,6 +12,8 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
 
     The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Gradients flow through
     B A and treat the subspace U as a constant: the derivative of an SVD explodes where singular values meet.
+    Where no more than `rank` rows of A are not zero, they are kept as they are: nothing is lost, and the gradient does
+    not depend on how many rows of padding a batch adds.
 
     Args:
         a: (..., rows, d_in).
@@ -23,12 +25,17 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     """
     if a.shape[-2] <= rank:
         return _balanced(a, b)
+    filled = a.detach().abs().amax(-1) > 0  # (..., rows)
+    first = filled.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
+    few = (filled.sum(-1) <= rank)[..., None, None]
     with torch.no_grad():
         u = _leading(a.float(), b.float(), rank, moment)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
-    return _balanced(reduced, u)
+    kept_a = a.float().take_along_dim(first[..., :, None], dim=-2)
+    kept_b = b.float().take_along_dim(first[..., None, :], dim=-1)
+    return _balanced(torch.where(few, kept_a, reduced), torch.where(few, kept_b, u))
 
 
 def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,25 @@ def test_small_ranks_keep_their_product_and_zero_padding_changes_nothing() -> No
     torch.testing.assert_close(small[1] @ small[0], padded[1] @ padded[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_gradient_does_not_depend_on_padding() -> None:
+    """The rows of a short document in a batch with a long one, not all of them at the front: as if it were alone."""
+    torch.manual_seed(0)
+    a, b, towards = torch.randn(3, 24), torch.randn(16, 3), torch.randn(16, 24)
+    found = []
+    for places in (range(3), (1, 4, 5)):
+        rows, columns = torch.zeros(2, 7, 24), torch.zeros(2, 16, 7)
+        rows[0, list(places)], columns[0][:, list(places)] = a, b
+        rows[1], columns[1] = torch.randn(7, 24), torch.randn(16, 7)
+        alone = found == []
+        rows, columns = (rows[:1, :3], columns[:1, :, :3]) if alone else (rows, columns)
+        rows, columns = rows.requires_grad_(), columns.requires_grad_()
+        small_a, small_b = cap_rank(rows, columns, 4, fitted())
+        ((small_b @ small_a)[0] - towards).square().sum().backward()
+        assert rows.grad is not None and columns.grad is not None
+        found.append((rows.grad[0, list(places)], columns.grad[0][:, list(places)]))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_gradient_reaches_both_factors_and_is_finite_at_equal_singular_values() -> None:
     a = torch.eye(6).requires_grad_()
     b = torch.eye(6).requires_grad_()
