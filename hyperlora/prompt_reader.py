@@ -98,6 +98,7 @@ class PlainReader(Reader):
 
     def __init__(self, base: BaseModel, memories: Sequence[Memory], prompts: Sequence[Prompt], chunk: int):
         super().__init__(base, memories, prompts, chunk)
+        self.going = list(range(len(memories)))  # the prompts whose replies are read on
         stored = [memory.kv for memory in memories if memory.kv is not None]
         if stored and len(stored) < len(memories):
             raise InputError("memories with and without stored keys and values cannot share a call")
@@ -140,8 +141,12 @@ class PlainReader(Reader):
 
     def go_on(self, tokens: list[int | None]) -> Tensor:
         device, session = self.base.device, self.session
-        going = torch.tensor([token is not None for token in tokens], device=device)[:, None]
-        ids = torch.tensor([[token or 0] for token in tokens], device=device)
+        rest = [number for number in self.going if tokens[number] is not None]
+        if 2 * len(rest) <= len(self.going):  # not every time, because what is kept is copied
+            session.only(torch.tensor([self.going.index(number) for number in rest], device=device))
+            self.going = rest
+        going = torch.tensor([tokens[number] is not None for number in self.going], device=device)[:, None]
+        ids = torch.tensor([[tokens[number] or 0] for number in self.going], device=device)
         places = torch.where(going, session.next_place[:, None], -1)
         gate = self._gate(torch.zeros(ids.shape, device=device))
         return session.feed(ids, places, session.next_position[:, None], going, gate=gate)

@@ -115,6 +115,7 @@ class Runtime:
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
         stop: bool = True,
+        last: Callable[[int], bool] | None = None,
         progress: Progress | None = None,
     ) -> list[list[int]]:
         """Token ids of the replies, without the one that ends them.
@@ -123,13 +124,14 @@ class Runtime:
             temperature: 0 for greedy decoding.
             seeds: one for each prompt, so that a sample does not depend on its batch.
             stop: end a reply where the model does; False to measure the speed of a fixed number of tokens.
+            last: tells of a token whether a reply ends with it.
         """
         found: dict[int, list[int]] = {}
         for order, batch in self._batches(memories, prompts, [max_new_tokens] * len(prompts)):
             own = [index if seeds is None else seeds[index] for index in order]
             choose = _greedy if temperature == 0 else _sampler(temperature, own)
             ends = self.base.stop_ids if stop else []
-            found |= dict(zip(order, self._decode(memories, batch, max_new_tokens, choose, ends), strict=True))
+            found |= dict(zip(order, self._decode(memories, batch, max_new_tokens, choose, ends, last), strict=True))
             if progress:
                 progress(len(batch))
         return [found[index] for index in range(len(prompts))]
@@ -141,6 +143,7 @@ class Runtime:
         max_new_tokens: int,
         choose: Callable[[Tensor], Tensor],
         stop_ids: list[int],
+        last: Callable[[int], bool] | None,
     ) -> list[list[int]]:
         out: list[list[int]] = [[] for _ in batch]
         going = list(range(len(batch)))
@@ -151,6 +154,8 @@ class Runtime:
                 going = [row for row in going if tokens[row] not in stop_ids]
                 for row in going:
                     out[row].append(tokens[row])
+                if last is not None:
+                    going = [row for row in going if not last(tokens[row])]
                 if not going or step + 1 == max_new_tokens:
                     break
                 logits = logits.clone()

@@ -62,11 +62,14 @@ class Session:
         self.next_position = torch.zeros(rows, dtype=torch.long, device=base.device)
 
     def __enter__(self) -> Session:
+        self._inject()
+        return self
+
+    def _inject(self) -> None:
         if self._factors:
             self._block.enter_context(inject(self.base.model, self._factors, self._patch_rows))
         if self.shared and self.shared.adapter:
             self._block.enter_context(inject(self.base.model, self.shared.adapter, gate=self._gate))
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._block.close()
@@ -127,6 +130,18 @@ class Session:
         for layer in self._cache.layers:
             index = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+
+    def only(self, chosen: Tensor) -> None:
+        """Go on with the sequences of these numbers (long), in this order, and forget the others."""
+        self.rows = len(chosen)
+        for name in ("places", "positions", "next_place", "next_position"):
+            setattr(self, name, getattr(self, name)[chosen])
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+        if self._factors and self._patch_rows is not None:
+            self._patch_rows = self._patch_rows[chosen]
+            self._block.close()
+            self._inject()
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 

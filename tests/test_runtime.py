@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,33 @@ def test_memories_that_are_read_before_answer_alike(any_base: BaseModel, documen
     silent = replace(held[1], kv=replace(held[1].kv, following=None))
     with pytest.raises(InputError, match="do not say what follows"):
         runtime.log_likelihood([silent], [runtime.continuation(0, "The ferry leaves.")])
+
+
+def test_replies_that_have_ended_leave_the_batch(any_base: BaseModel, documents: list[str]) -> None:
+    """Ragged prompts, with patches and documents: the others go on as they do alone."""
+    base, runtime = any_base, Runtime(any_base)
+    patches = make_generator(base).generate(documents[:2])
+    ids = document_ids(base.tokenizer, documents[2][:40])
+    memories = runtime.prefill([Memory(patch=patch).with_text(ids) for patch in patches] + [Memory()])
+    prompts = [runtime.question(number % 3, QUESTIONS[number // 3]) for number in range(9)]
+    whole = [runtime.generate_ids(memories, [prompt], 9, stop=False)[0] for prompt in prompts]
+    # Two of them end at the second token, the others one after another.
+    ends = {reply[1] for reply in whole[:2]} | {reply[4] for reply in whole[2:6]}
+    cut = [next((reply[: n + 1] for n, token in enumerate(reply) if token in ends), reply) for reply in whole]
+    held = []
+
+    class Watched(Session):
+        def feed(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            held.append(self.rows)
+            return super().feed(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hyperlora.prompt_reader.Session", Watched)
+        assert runtime.generate_ids(memories, prompts, 9, stop=False, last=lambda token: token in ends) == cut
+    longest = max(map(len, cut))
+    assert held[0] == 9 and len(held) == longest
+    going = [sum(len(reply) > step for reply in cut) for step in range(1, longest)]
+    assert all(now < 2 * count for now, count in zip(held[1:], going, strict=True)) and held[-1] < 9
 
 
 def test_a_patch_and_a_document_work_together(base: BaseModel, documents: list[str]) -> None:

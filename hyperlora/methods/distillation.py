@@ -32,7 +32,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 2
+    revision = 3
     seeded = True
     compresses = True
 
@@ -79,7 +79,7 @@ class Distillation(Method):
         fitted = [] if settings.ridge is None else [s for s in find_sites(base.model, layers) if s.path in factors]
         known = sorted({*matched, *(site.layer for site in fitted)})
         held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
-        lessons = teach(base, held, known, batch=settings.batch)
+        lessons = teach(base, held, known)
         recitations = [x for x, c in zip(lessons, held, strict=True) if c.manner == "recitation"]
         others = [x for x, c in zip(lessons, held, strict=True) if c.manner != "recitation"]
         rng = random.Random(f"{self.seed}/{document.id}")

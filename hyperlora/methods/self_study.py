@@ -127,9 +127,14 @@ def study(
         brief = manner == plain and pick % 4
         starts.append((manner, start, LENGTHS[1] if brief else LENGTHS[pick // 4 % len(LENGTHS)], chunk))
     told = [Memory(text=tuple(document_ids(base.tokenizer, EXAMPLES + text))) for text in texts]
-    rests = _texts(base, runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, seeds))
-    for (manner, start, length, chunk), rest in zip(starts, rests, strict=True):
-        asked.setdefault((chunk, f"{start} {rest} {length}".strip()), manner)
+
+    def ends(token: int) -> bool:
+        return any(mark in base.tokenizer.decode([token]) for mark in "?\n")
+
+    found = runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, seeds, last=ends)
+    for (manner, start, length, chunk), rest in zip(starts, _texts(base, found), strict=True):
+        if start or rest:
+            asked.setdefault((chunk, f"{start} {rest} {length}".strip()), manner)
     memories = runtime.prefill([Memory(text=tuple(context)) for context in contexts])
     replies = runtime.replies(memories, [runtime.question(*question) for question in asked], reply_tokens)
     held = [

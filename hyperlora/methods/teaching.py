@@ -35,7 +35,7 @@ class Lesson:
 
 @torch.no_grad()
 def teach(
-    base: BaseModel, conversations: Sequence[Conversation], layers: Sequence[int], top_k: int = 20, batch: int = 8
+    base: BaseModel, conversations: Sequence[Conversation], layers: Sequence[int], top_k: int = 20, batch: int = 16
 ) -> list[Lesson]:
     """Read every conversation with its document in the prompt, `batch` about the same text at a time."""
     lessons: list[Lesson | None] = [None] * len(conversations)
@@ -48,7 +48,8 @@ def teach(
             group = [conversations[number] for number in numbers[first : first + batch]]
             parts = [(base.prompt.question_ids(base.tokenizer, c.question), c.reply) for c in group]
             logits, hidden = read([*prefix, *context, *gap], parts, base, layers)
-            values, ids = logits.log_softmax(-1).topk(min(top_k, logits.shape[1]), dim=-1)
+            values, ids = logits.topk(min(top_k, logits.shape[1]), dim=-1)
+            values = values - logits.logsumexp(-1, keepdim=True)
             counts = [len(reply) for _, reply in parts]
             lengths = [len(question) + len(reply) - 1 for question, reply in parts]
             told = zip(parts, ids.split(counts), values.split(counts), hidden.split(lengths, dim=1), strict=True)
