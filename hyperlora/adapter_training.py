@@ -27,7 +27,7 @@ from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.objectives import Row, collate, cross_entropy
 from hyperlora.recipe import Recipe
 from hyperlora.shared_state import SharedState
-from hyperlora.structure import text_config
+from hyperlora.structure import find_sites, text_config
 from hyperlora.training import cosine
 
 _HELD_OUT = 20  # one document in so many validates
@@ -41,7 +41,8 @@ class Adapter(nn.Module):
     def __init__(self, base: BaseModel, recipe: Recipe):
         super().__init__()
         layers = recipe.generator.resolve_layers(text_config(base.model).num_hidden_layers)
-        fresh = fresh_adapter(base, recipe.generator.rank, layers, recipe.seed, recipe.generator.modules)
+        sites = find_sites(base.model, layers, recipe.generator.modules)
+        fresh = fresh_adapter(base, recipe.generator.rank, sites, recipe.seed)
         self.paths = list(fresh)
         self.a = nn.ParameterList(a.detach() for a, _ in fresh.values())
         self.b = nn.ParameterList(b.detach() for _, b in fresh.values())

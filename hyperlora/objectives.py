@@ -112,7 +112,8 @@ def reply_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def states(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside the block, what the decoder layers put out at the last forward pass, (rows, tokens, d_model)."""
+    """Inside the block, what the decoder layers, or other modules in a list, put out at the last forward pass, (rows,
+    tokens, d_model)."""
     found: dict[int, Tensor] = {}
 
     def keeper(layer: int) -> Any:

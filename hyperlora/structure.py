@@ -95,6 +95,28 @@ def find_sites(model: nn.Module, layers: list[int] | None = None, modules: list[
     return sites
 
 
+def attention_outputs(model: nn.Module, layers: Iterable[int]) -> list[Site]:
+    """The module of each layer's attention that writes into the residual stream: the last of that width.
+
+    Raises:
+        UnsupportedBase: a layer without attention.
+    """
+    stack, blocks = decoder_layers(model)
+    hidden, sites = text_config(model).hidden_size, []
+    for layer in layers:
+        inside = [
+            (f"{child}.{name}", shape)
+            for child, attention in blocks[layer].named_children()
+            if _reads_attention(attention)
+            for name, module in attention.named_modules()
+            if (shape := linear_shape(module)) is not None and shape[1] == hidden
+        ]
+        if not inside:
+            raise UnsupportedBase(f"layer {layer} has no attention that writes into the residual stream")
+        sites.append(Site(f"{stack}.{layer}.{inside[-1][0]}", layer, *inside[-1][1]))
+    return sites
+
+
 def linears(model: nn.Module, layers: Iterable[int]) -> list[Site]:
     """All linear modules of some layers."""
     stack, blocks = decoder_layers(model)

@@ -16,6 +16,7 @@ from hyperlora.methods.self_study import study
 from hyperlora.methods.teaching import differences, teach
 from hyperlora.prompt import GAP, document_ids, encode
 from hyperlora.runtime import Runtime
+from hyperlora.structure import find_sites
 
 from .conftest import TEXT, make_generator
 
@@ -39,7 +40,7 @@ def test_flops_of_a_distillation_step_follow_the_formula(base: BaseModel) -> Non
     forward. The adapters are on the MLP outputs of all layers, so that the first layer's backward ends there."""
     held = study(base, Document("a", TEXT), seed=0, conversations=16, reply_tokens=6)[:8]
     lessons, layers = teach(base, held, [3]), range(4)
-    factors = fresh_adapter(base, 4, list(layers), 0)
+    factors = fresh_adapter(base, 4, find_sites(base.model, list(layers)), 0)
 
     def step() -> None:
         kl, far = differences(base, lessons, [3], factors)

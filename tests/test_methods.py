@@ -21,6 +21,7 @@ from hyperlora.prompt import document_ids, encode
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
+from hyperlora.structure import find_sites
 
 from .conftest import make_base, make_generator
 
@@ -31,7 +32,9 @@ BUDGET_TOKENS = 20
 def settings(base: BaseModel, tmp_path: Path) -> dict[str, dict[str, object]]:
     """The least that each method needs to run on a tiny base."""
     make_generator(base).save_pretrained(tmp_path / "generator")
-    adapter = {path: (a, torch.randn_like(b)) for path, (a, b) in fresh_adapter(base, 4, None, 0).items()}
+    adapter = {
+        path: (a, torch.randn_like(b)) for path, (a, b) in fresh_adapter(base, 4, find_sites(base.model), 0).items()
+    }
     SharedState("adapted", adapter=adapter).save(tmp_path / "adapted", base)
     return {
         "generator": {"path": str(tmp_path / "generator")},

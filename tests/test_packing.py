@@ -6,6 +6,7 @@ from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.packing import pack
 from hyperlora.prompt import document_ids, encode
 from hyperlora.session import Session
+from hyperlora.structure import find_sites
 
 PARTS = (
     ("Where does the ferry go?", "To Oskmere, on Tuesdays."),
@@ -21,7 +22,7 @@ def test_packed_parts_are_what_they_are_alone(any_base: BaseModel) -> None:
     parts = [(document_ids(tokenizer, prompt), document_ids(tokenizer, reply)) for prompt, reply in PARTS]
     factors = {
         path: (a, torch.randn_like(b).mul_(0.1).requires_grad_())
-        for path, (a, b) in fresh_adapter(base, 3, None, 0).items()
+        for path, (a, b) in fresh_adapter(base, 3, find_sites(base.model), 0).items()
     }
     leaves = [tensor for pair in factors.values() for tensor in pair]
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from hyperlora.base_model import BaseModel
+from hyperlora.inject import Factors
 from hyperlora.methods.regression import fit, regress
 from hyperlora.methods.self_study import Conversation
-from hyperlora.methods.teaching import differences, teach
-from hyperlora.prompt import document_ids
-from hyperlora.structure import find_sites
+from hyperlora.methods.teaching import Lesson, differences, read, teach
+from hyperlora.objectives import states
+from hyperlora.prompt import document_ids, encode
+from hyperlora.structure import Site, attention_outputs, find_sites
 
 from .conftest import TEXT
 
@@ -38,21 +40,37 @@ def test_a_rank_beyond_the_outputs_is_filled_up() -> None:
 
 @pytest.mark.parametrize("layers", [None, [1, 2]])
 def test_the_fit_brings_the_student_to_the_teacher(any_base: BaseModel, layers: list[int] | None) -> None:
-    """Behind every layer, as a patch that is injected, on lessons that were fitted and on others."""
+    """Behind every layer and its attention, as a patch that is injected, on lessons that were fitted and on others."""
     sites = find_sites(any_base.model, layers)
     numbers = [site.layer for site in sites]
+    attention = attention_outputs(any_base.model, numbers)
     context, words = document_ids(any_base.tokenizer, TEXT[:200]), TEXT.split()
     held = [
         Conversation("question", context, " ".join(words[i : i + 3]), document_ids(any_base.tokenizer, words[-i - 1]))
         for i in range(60)
     ]
-    lessons = teach(any_base, held, numbers)
+    lessons = teach(any_base, held, numbers, attention)
     unseen, seen = lessons[::5], [lesson for number, lesson in enumerate(lessons) if number % 5]
-    factors = fit(any_base, seen, sites, rank=16, ridge=0.1)
-    assert list(factors) == [site.path for site in sites]
-    for (a, b), site in zip(factors.values(), sites, strict=True):
+    factors = fit(any_base, seen, attention, sites, rank=16, ridge=0.1)
+    assert set(factors) == {site.path for site in (*attention, *sites)}
+    for site in (*attention, *sites):
+        a, b = factors[site.path]
         assert a.shape == (1, 16, site.d_in) and b.shape == (1, site.d_out, 16)
     with torch.no_grad():
         for part, share in ((seen, 0.9), (unseen, 0.97)):
             far, near = differences(any_base, part, numbers)[1], differences(any_base, part, numbers, factors)[1]
             assert float((near / far).max()) < share
+            taught = torch.cat([lesson.attention for lesson in part], dim=1)
+            far, near = (
+                (attended(any_base, attention, part, f) - taught).square().sum((1, 2)) for f in (None, factors)
+            )
+            assert float((near / far).max()) < share
+
+
+def attended(base: BaseModel, sites: list[Site], lessons: list[Lesson], factors: Factors | None) -> torch.Tensor:
+    """What the student's attention puts out, (layers, tokens, d_model)."""
+    modules = torch.nn.ModuleList(base.model.get_submodule(site.path.rpartition(".")[0]) for site in sites)
+    with states(modules, range(len(sites))) as found:
+        read(encode(base.tokenizer, base.prompt.prefix), [(x.question, x.reply) for x in lessons], base, [0], factors)
+    tokens = sum(len(lesson.question) + len(lesson.reply) - 1 for lesson in lessons)
+    return torch.stack([found[number][0, -tokens:] for number in range(len(sites))])

@@ -1,9 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from hyperlora.base_model import BaseModel
-from hyperlora.structure import UnsupportedBase, find_sites, is_transposed
+from hyperlora.structure import UnsupportedBase, attention_outputs, find_sites, is_transposed
 
 from .conftest import make_base, make_generator
 
@@ -22,6 +24,18 @@ def test_mlp_output_is_found_by_structure(any_base: BaseModel) -> None:
     assert site.path == OUTPUTS[any_base.name.removeprefix("tiny-")]
     assert (site.d_in, site.d_out) == ((128, 32) if "gpt2" in any_base.name else (48, 32))
     assert is_transposed(any_base.model.get_submodule(site.path)) == ("gpt2" in any_base.name)
+
+
+def test_the_attention_output_is_what_the_attention_returns(any_base: BaseModel) -> None:
+    (site,) = attention_outputs(any_base.model, [2])
+    module = any_base.model.get_submodule(site.path)
+    attention = any_base.model.get_submodule(site.path.rpartition(".")[0])
+    found: dict[str, Any] = {}
+    for name, one in (("module", module), ("attention", attention)):
+        one.register_forward_hook(lambda _, __, output, name=name: found.update({name: output}))
+    any_base.model(torch.tensor([[5, 6, 7]]))
+    assert torch.equal(found["module"], found["attention"][0])
+    assert site.layer == 2 and found["module"].shape[-1] == site.d_out == 32
 
 
 def test_modules_can_be_named_by_the_end_of_their_path() -> None:

@@ -17,7 +17,7 @@ from hyperlora.memory import Memory
 from hyperlora.methods.contract import Document, Method, MethodSettings
 from hyperlora.prompt import document_ids
 from hyperlora.shared_state import SharedState
-from hyperlora.structure import find_sites
+from hyperlora.structure import Site
 
 
 class AdaptedFull(Method):
@@ -47,9 +47,7 @@ def shipped_adapter() -> Path:
     return Path(str(files("hyperlora") / "pretrained" / "adapted_full"))
 
 
-def fresh_adapter(
-    base: BaseModel, rank: int, layers: list[int] | None, seed: int, modules: list[str] | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
+def fresh_adapter(base: BaseModel, rank: int, sites: Sequence[Site], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """LoRA's start (Hu et al. 2021): A (1, rank, d_in) random, B (1, d_out, rank) zero, trainable, for every site."""
     rng = torch.Generator().manual_seed(seed)
     return {
@@ -57,5 +55,5 @@ def fresh_adapter(
             (torch.randn(1, rank, site.d_in, generator=rng) / site.d_in**0.5).to(base.device).requires_grad_(),
             torch.zeros(1, site.d_out, rank, device=base.device, requires_grad=True),
         )
-        for site in find_sites(base.model, layers, modules)
+        for site in sites
     }

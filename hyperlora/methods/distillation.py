@@ -25,7 +25,7 @@ from hyperlora.methods.regression import fit
 from hyperlora.methods.self_study import study
 from hyperlora.methods.teaching import Lesson, differences, teach
 from hyperlora.patch import Patch, Provenance
-from hyperlora.structure import decoder_layers, find_sites, is_transposed
+from hyperlora.structure import attention_outputs, decoder_layers, find_sites, is_transposed
 
 
 class Distillation(Method):
@@ -40,9 +40,9 @@ class Distillation(Method):
         """Settings of the training.
 
         Attributes:
-            rank, layers, modules: of the LoRA; None takes all layers and the MLP's output projection.
+            rank, layers, modules: of the LoRA; None takes all layers, and the output projections of attention and MLP.
             conversations, reply_tokens: self-study of one document.
-            ridge: of the regression that the MLP's output projections start from; None starts from zero.
+            ridge: of the regression that these projections start from; None starts from zero.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the bare model's distance; the KL divergence has weight 1.
             steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
@@ -54,12 +54,12 @@ class Distillation(Method):
         rank: int = Field(256, gt=0)
         layers: list[int] | None = None
         modules: list[str] | None = None
-        conversations: int = Field(320, ge=16)
+        conversations: int = Field(160, ge=16)
         reply_tokens: int = Field(32, gt=1)
-        ridge: float | None = Field(0.1, gt=0)
+        ridge: float | None = Field(0.3, gt=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(64, ge=0)
+        steps: int = Field(32, ge=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(1e-4, gt=0)
         warmup: int = Field(5, ge=0)
@@ -75,20 +75,22 @@ class Distillation(Method):
         layers = list(range(count)) if settings.layers is None else settings.layers
         # The adapted layers whose output is matched, evenly spread, the last one included.
         matched = sorted({layers[-1 - i * len(layers) // settings.matched] for i in range(settings.matched)})
-        factors = fresh_adapter(base, settings.rank, layers, stable_seed(self.seed, document.id), settings.modules)
-        fitted = [] if settings.ridge is None else [s for s in find_sites(base.model, layers) if s.path in factors]
-        known = sorted({*matched, *(site.layer for site in fitted)})
+        attention, mlp = attention_outputs(base.model, layers), find_sites(base.model, layers)
+        sites = [*attention, *mlp] if settings.modules is None else find_sites(base.model, layers, settings.modules)
+        factors = fresh_adapter(base, settings.rank, sites, stable_seed(self.seed, document.id))
+        attention, mlp = ([s for s in kind if settings.ridge and s in sites] for kind in (attention, mlp))
+        known = sorted({*matched, *(site.layer for site in mlp)})
         held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
-        lessons = teach(base, held, known)
+        lessons = teach(base, held, known, attention)
         recitations = [x for x, c in zip(lessons, held, strict=True) if c.manner == "recitation"]
         others = [x for x, c in zip(lessons, held, strict=True) if c.manner != "recitation"]
         rng = random.Random(f"{self.seed}/{document.id}")
         rng.shuffle(others)
         split = max(1, len(others) // 16)
         unseen, trained = others[:split], others[split:] + recitations
-        if settings.ridge is not None and fitted:
-            told = _behind(trained, known, [site.layer for site in fitted])
-            factors |= fit(base, told, fitted, settings.rank, settings.ridge)
+        if settings.ridge and (attention or mlp):
+            told = _behind(trained, known, [site.layer for site in mlp])
+            factors |= fit(base, told, attention, mlp, settings.rank, settings.ridge)
         unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
         kept = self._train(factors, trained, unseen, matched, rng)
         final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}

@@ -1,9 +1,11 @@
-"""A LoRA that makes the student's hidden states the teacher's, in closed form: one ridge regression per layer.
+"""A LoRA that makes the student's hidden states the teacher's, in closed form: two ridge regressions per layer.
 
-The student reads all lessons in one forward pass. Behind every layer, what the inputs of the MLP's output projection
-say linearly of the difference to the teacher's hidden state is fitted by ridge regression and put into that projection
-as a LoRA; the layers above read what has been put right so far. That is the update of MEMIT (Meng et al. 2022, arXiv
-2210.07229) at every token and in all layers, with reduced-rank regression (Izenman 1975) for the low rank.
+The student reads all lessons in one forward pass. In every layer, what the inputs of the attention's output projection
+say linearly of the difference to what the teacher's attention, which sees the document, puts out is fitted by ridge
+regression and put into that projection as a LoRA; then the same for the MLP's output projection and what is left of the
+difference to the teacher's hidden state behind the layer. The modules above read what has been put right so far. That
+is the update of MEMIT (Meng et al. 2022, arXiv 2210.07229) at every token, in all layers and in the attention too, with
+reduced-rank regression (Izenman 1975) for the low rank.
 """
 
 from collections.abc import Sequence
@@ -26,13 +28,19 @@ _PACKED = 16  # lessons to a row
 
 @torch.no_grad()
 def fit(
-    base: BaseModel, lessons: Sequence[Lesson], sites: Sequence[Site], rank: int, ridge: float
+    base: BaseModel,
+    lessons: Sequence[Lesson],
+    attention: Sequence[Site],
+    sites: Sequence[Site],
+    rank: int,
+    ridge: float,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A (1, rank, d_in) and B (1, d_out, rank) of every site, by its path.
 
     Args:
-        lessons: with the teacher's hidden states behind the layers of all `sites`, in their order.
-        sites: outputs of the MLP, one to a layer, in layer order.
+        lessons: with what the teacher's `attention` puts out and its hidden states behind the layers of all `sites`, in
+            their order.
+        attention, sites: outputs of the attention and of the MLP, one to a layer, in layer order.
         ridge: in units of the mean square of the module's inputs, summed over tokens.
     """
     prefix = encode(base.tokenizer, base.prompt.prefix)
@@ -40,11 +48,18 @@ def fit(
     fields, real = _rows(base, prefix, rows)
     gains = _gains(base, sites, prefix + lessons[0].question)
     taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)  # (layers, tokens, d_model)
+    attended = torch.cat([lesson.attention for lesson in lessons], dim=1)
     inputs: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str, _: Any, args: tuple) -> None:
         inputs[path] = args[0].float()
+
+    def attend(number: int, site: Site, _: Any, __: Any, output: Tensor) -> Tensor:
+        x = inputs.pop(site.path)
+        a, b = regress(x[real], attended[number] - output[real].float(), rank, ridge)
+        found[site.path] = (a[None], b[None])
+        return output + (x @ a.mT @ b.mT).to(output.dtype)
 
     def correct(number: int, site: Site, _: Any, __: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -55,10 +70,13 @@ def fit(
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     blocks = decoder_layers(base.model)[1]
-    handles = []
+    handles = [
+        base.model.get_submodule(site.path).register_forward_pre_hook(partial(keep, site.path))
+        for site in (*attention, *sites)
+    ]
+    for number, site in enumerate(attention):
+        handles.append(base.model.get_submodule(site.path).register_forward_hook(partial(attend, number, site)))
     for number, site in enumerate(sites):
-        module = base.model.get_submodule(site.path)
-        handles.append(module.register_forward_pre_hook(partial(keep, site.path)))
         handles.append(blocks[site.layer].register_forward_hook(partial(correct, number, site)))
     try:
         with Session(base, len(rows), cached=False) as session:

@@ -89,7 +89,7 @@ def study(
     conversations: int,
     reply_tokens: int = 48,
     chunk_tokens: int = 512,
-    temperature: float = 0.6,
+    temperature: float = 1.0,
 ) -> list[Conversation]:
     """At most `conversations` about the document, no question twice, and one recitation of every chunk of it.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperlora.base_model import BaseModel
 from hyperlora.inject import Factors
@@ -13,7 +13,7 @@ from hyperlora.objectives import states, top_k_kl
 from hyperlora.packing import pack
 from hyperlora.prompt import GAP, encode
 from hyperlora.session import Session
-from hyperlora.structure import decoder_layers
+from hyperlora.structure import Site, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Lesson:
         question, reply: token ids after the chat's prefix.
         top_ids, top_log_probs: the teacher's likeliest tokens at every token of the reply, (reply tokens, k).
         hidden: the teacher's hidden states behind some layers at the tokens of both, (layers, tokens, d_model).
+        attention: what the attention of some layers adds to the residual stream there, (layers, tokens, d_model).
     """
 
     question: list[int]
@@ -31,13 +32,24 @@ class Lesson:
     top_ids: Tensor
     top_log_probs: Tensor
     hidden: Tensor
+    attention: Tensor
 
 
 @torch.no_grad()
 def teach(
-    base: BaseModel, conversations: Sequence[Conversation], layers: Sequence[int], top_k: int = 20, batch: int = 16
+    base: BaseModel,
+    conversations: Sequence[Conversation],
+    layers: Sequence[int],
+    attention: Sequence[Site] = (),
+    top_k: int = 20,
+    batch: int = 16,
 ) -> list[Lesson]:
-    """Read every conversation with its document in the prompt, `batch` about the same text at a time."""
+    """Read every conversation with its document in the prompt, `batch` about the same text at a time.
+
+    Args:
+        layers: for the lessons' hidden states.
+        attention: modules for what the attention adds; see `attention_outputs`.
+    """
     lessons: list[Lesson | None] = [None] * len(conversations)
     by_context: dict[tuple[int, ...], list[int]] = {}
     for number, conversation in enumerate(conversations):
@@ -47,17 +59,29 @@ def teach(
         for first in range(0, len(numbers), batch):
             group = [conversations[number] for number in numbers[first : first + batch]]
             parts = [(base.prompt.question_ids(base.tokenizer, c.question), c.reply) for c in group]
-            logits, hidden = read([*prefix, *context, *gap], parts, base, layers)
+            with states(_modules(base, attention), range(len(attention))) as added:
+                logits, hidden = read([*prefix, *context, *gap], parts, base, layers)
+            before = len(prefix) + len(context) + len(gap)
+            outputs = [added[number][0, before:].float() for number in range(len(attention))]
             values, ids = logits.topk(min(top_k, logits.shape[1]), dim=-1)
             values = values - logits.logsumexp(-1, keepdim=True)
             counts = [len(reply) for _, reply in parts]
             lengths = [len(question) + len(reply) - 1 for question, reply in parts]
-            told = zip(parts, ids.split(counts), values.split(counts), hidden.split(lengths, dim=1), strict=True)
-            for number, ((question, reply), likely, log_probs, read_states) in zip(
-                numbers[first : first + batch], told, strict=True
-            ):
-                lessons[number] = Lesson(question, reply, likely, log_probs, read_states)
+            told = zip(
+                parts,
+                ids.split(counts),
+                values.split(counts),
+                hidden.split(lengths, dim=1),
+                (torch.stack(outputs) if outputs else hidden[:0]).split(lengths, dim=1),
+                strict=True,
+            )
+            for number, (part, *rest) in zip(numbers[first : first + batch], told, strict=True):
+                lessons[number] = Lesson(*part, *rest)
     return [lesson for lesson in lessons if lesson is not None]
+
+
+def _modules(base: BaseModel, sites: Sequence[Site]) -> nn.ModuleList:
+    return nn.ModuleList(base.model.get_submodule(site.path) for site in sites)
 
 
 def differences(
