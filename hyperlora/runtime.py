@@ -15,6 +15,7 @@ from hyperlora.prompt import document_ids, encode
 from hyperlora.prompt_reader import PlainReader, Prompt, Reader, open_reader
 
 Progress = Callable[[int], Any]
+Choose = Callable[[Tensor, Sequence[int]], Tensor]  # logits (rows, vocabulary) and the rows' numbers: their tokens
 
 
 class Runtime:
@@ -141,7 +142,7 @@ class Runtime:
         memories: Sequence[Memory],
         batch: list[Prompt],
         max_new_tokens: int,
-        choose: Callable[[Tensor], Tensor],
+        choose: Choose,
         stop_ids: list[int],
         last: Callable[[int], bool] | None,
     ) -> list[list[int]]:
@@ -150,7 +151,7 @@ class Runtime:
         with self._open(memories, batch) as reader:
             logits = reader.begin()
             for step in range(max_new_tokens):
-                tokens = choose(logits).tolist()
+                tokens = dict(zip(going, choose(logits, going).tolist(), strict=True))
                 going = [row for row in going if tokens[row] not in stop_ids]
                 for row in going:
                     out[row].append(tokens[row])
@@ -158,8 +159,7 @@ class Runtime:
                     going = [row for row in going if not last(tokens[row])]
                 if not going or step + 1 == max_new_tokens:
                     break
-                logits = logits.clone()
-                logits[going] = reader.go_on([tokens[row] if row in going else None for row in range(len(batch))])
+                logits = reader.go_on([tokens[row] if row in going else None for row in range(len(batch))])
         return out
 
     # -- batches ------------------------------------------------------------------------------------------------------
@@ -193,16 +193,16 @@ class Runtime:
         return open_reader(self.base, [memories[prompt.memory] for prompt in batch], batch, self.chunk_tokens)
 
 
-def _greedy(logits: Tensor) -> Tensor:
+def _greedy(logits: Tensor, rows: Sequence[int]) -> Tensor:
     return logits.argmax(-1)
 
 
-def _sampler(temperature: float, seeds: list[int]) -> Callable[[Tensor], Tensor]:
-    """Draws a token of every row by the Gumbel-max trick, each row with random numbers of its own."""
+def _sampler(temperature: float, seeds: list[int]) -> Choose:
+    """Draws a token of each of the `rows` by the Gumbel-max trick, each row with random numbers of its own."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def choose(logits: Tensor) -> Tensor:
-        noise = torch.stack([torch.rand(logits.shape[1], generator=generator) for generator in generators])
+    def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
+        noise = torch.stack([torch.rand(logits.shape[1], generator=generators[row]) for row in rows])
         gumbel = -(-noise.clamp(1e-9, 1 - 1e-7).log()).log()
         return (logits / temperature + gumbel.to(logits.device)).argmax(-1)
 
