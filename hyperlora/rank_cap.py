@@ -25,13 +25,14 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     """
     if a.shape[-2] <= rank:
         return _balanced(a, b)
-    filled = a.detach().abs().amax(-1) > 0  # (..., rows)
-    first = filled.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
-    few = (filled.sum(-1) <= rank)[..., None, None]
     with torch.no_grad():
         u = _leading(a.float(), b.float(), rank, moment)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
+    rank = u.shape[-1]  # less than was asked for where d_out is
+    filled = a.detach().abs().amax(-1) > 0  # (..., rows)
+    first = filled.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
+    few = (filled.sum(-1) <= rank)[..., None, None]
     reduced = (u.mT @ b.float()) @ a.float()  # (..., rank, d_in)
     kept_a = a.float().take_along_dim(first[..., :, None], dim=-2)
     kept_b = b.float().take_along_dim(first[..., None, :], dim=-1)

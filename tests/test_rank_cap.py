@@ -38,6 +38,16 @@ def test_small_ranks_keep_their_product_and_zero_padding_changes_nothing() -> No
     torch.testing.assert_close(small[1] @ small[0], padded[1] @ padded[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_rank_beyond_the_outputs_keeps_everything() -> None:
+    torch.manual_seed(0)
+    for filled in (3, 9):
+        a, b = torch.zeros(12, 24), torch.zeros(5, 12)
+        a[:filled], b[:, :filled] = torch.randn(filled, 24), torch.randn(5, filled)
+        small_a, small_b = cap_rank(a, b, 8, fitted())
+        assert small_a.shape == (5, 24) and small_b.shape == (5, 5)
+        torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-4, atol=1e-4)
+
+
 def test_a_gradient_does_not_depend_on_padding() -> None:
     """The rows of a short document in a batch with a long one, not all of them at the front: as if it were alone."""
     torch.manual_seed(0)
