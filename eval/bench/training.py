@@ -1,0 +1,184 @@
+"""Documents per second of the training loop against the straightforward one, in the same run, at equal gradients.
+
+    python eval/bench/training.py train/default.yaml --steps 4
+    python eval/bench/training.py train/facts.yaml --set documents=16
+
+The straightforward loop takes one document at a time, reads it with a whole forward pass, computes logits at every
+position and walks back through everything. Steps of both alternate on the same documents; the medians are compared, and
+the difference of their gradients is printed as a control. On a GPU the share of `--peak` TFLOP/s is printed too.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+
+from hyperlora.data.items import Item
+from hyperlora.errors import InputError
+from hyperlora.flop_counter import flop_counter
+from hyperlora.hypernet import Features, Reading
+from hyperlora.inject import inject
+from hyperlora.objectives import Row
+from hyperlora.recipe import Recipe, read_recipe
+from hyperlora.structure import decoder_layers
+from hyperlora.training import Trainer, start
+
+
+class WholePass(Reading):
+    """The features of one document from a forward pass through all layers and the output layer."""
+
+    def __init__(self, run: Trainer, ids: list[int]):
+        self.run, self.ids = run, ids
+
+    @property
+    @torch.no_grad()
+    def features(self) -> Features:
+        encoder, base = self.run.generator.encoder, self.run.base
+        blocks, last = decoder_layers(base.model)[1], max(site.layer for site in encoder.sites)
+        inputs: list[Tensor] = []
+        behind: dict[int, Tensor] = {}
+        handles = [
+            base.model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            for site in encoder.sites
+        ]
+
+        def keep(number: int) -> Any:
+            def hook(_: Any, __: Any, output: Any) -> None:
+                behind[number] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles += [block.register_forward_hook(keep(number)) for number, block in enumerate(blocks)]
+        tokens = torch.tensor([encoder.sink + self.ids], device=base.device)
+        first: list[Tensor] = []
+        handles.append(
+            blocks[0].register_forward_pre_hook(
+                lambda _, args, kwargs: first.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        )
+        base.model(input_ids=tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        skip = len(encoder.sink)
+        hidden = torch.stack([first[0], behind[last // 2 - 1], behind[last]], dim=2)
+        words = F.normalize(base.model.get_output_embeddings().weight[tokens[:, skip:]].float(), dim=-1)
+        return Features(
+            inputs=[x[:, skip:].float() for x in inputs],
+            hidden=hidden[:, skip:].float(),
+            words=words,
+            following=torch.cat([words[:, 1:], torch.zeros_like(words[:, :1])], dim=1),
+            mask=torch.ones_like(tokens[:, skip:], dtype=torch.bool),
+        )
+
+    def memory(self, *_: Any) -> Tensor:
+        raise InputError("the straightforward loop is written for generators that read features")
+
+
+def straightforward(run: Trainer, drawn: list[tuple[Item, list[Row], list[Row]]]) -> None:
+    """The gradient of a step, document by document."""
+    model, weight = run.base.model, run.recipe.unrelated.weight if run.recipe.unrelated else 0.0
+    labels = sum(row.labels for _, rows, _ in drawn for row in rows)
+    others = max(1, sum(row.labels for _, _, rows in drawn for row in rows))
+
+    def logits(row: Row) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([row.ids], device=run.base.device)
+        found = model(input_ids=ids, use_cache=False).logits[0].float()
+        return found[row.start - 1 : -1], ids[0, row.start :]
+
+    for item, rows, unrelated in drawn:
+        slots = run.generator.hypernet(
+            WholePass(run, run.generator.encoder.tokenize(item.text)), run.generator.statistics
+        )
+        capped = run.generator._cap(slots, run.generator.config.rank)
+        factors = {site.path: pair for site, pair in zip(run.generator.sites, capped, strict=True)}
+        with torch.no_grad():
+            bare = [logits(row)[0] for row in unrelated]
+        with inject(model, factors):
+            loss = sum((F.cross_entropy(*logits(row), reduction="sum") / labels for row in rows), torch.zeros(()))
+            for row, before in zip(unrelated, bare, strict=True):
+                drift = F.kl_div(
+                    logits(row)[0].log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True
+                )
+                loss = loss + weight * drift / others
+            loss.backward()
+
+
+def gradients(run: Trainer) -> Tensor:
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.generator.hypernet.parameters()]
+    run.generator.hypernet.zero_grad()
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def measure(recipe: Recipe, steps: int, peak: float | None) -> dict[str, Any]:
+    recipe = recipe.model_copy(update={"micro_batches": 1, "clip": 1e9})
+    recipe.evaluation.facts, recipe.evaluation.qa = [], []
+    folder = Path(tempfile.mkdtemp()) / "run"
+    folder.mkdir()
+    run = start(recipe, folder, "bench")
+    caught: list[Tensor] = []
+    run.engine.step = lambda rates: caught.append(gradients(run)) or 0.0  # type: ignore[func-returns-value]
+    seconds: dict[str, list[float]] = {"loop": [], "straightforward": []}
+    differences, operations = [], 0.0
+    for number in range(steps + 1):  # the first warms up
+        drawn = [run.mix.draw(0) for _ in range(recipe.documents)]
+        unrelated = run._unrelated_rows()
+        taken = iter(drawn)
+        run.mix.draw = lambda _, taken=taken: next(taken)  # type: ignore[method-assign, misc]
+        run._unrelated_rows = lambda rows=unrelated: rows  # type: ignore[method-assign, misc]
+        states = [rng.getstate() for _, rng in drawn]
+        begin = now(run)
+        run.train_step()
+        middle = now(run)
+        for (_, rng), state in zip(drawn, states, strict=True):
+            rng.setstate(state)
+        rows = [run.student.rows(index, item, rng) for index, (item, rng) in enumerate(drawn)]
+        mine = [[row for row in unrelated if row.document == index] for index in range(len(drawn))]
+        again = now(run)
+        straightforward(run, [(item, *parts) for (item, _), *parts in zip(drawn, rows, mine, strict=True)])
+        end = now(run)
+        plain = gradients(run)
+        del run.mix.draw, run._unrelated_rows
+        if number:
+            seconds["loop"].append(middle - begin)
+            seconds["straightforward"].append(end - again)
+            differences.append(float((caught[-1] - plain).norm() / plain.norm()))
+    if peak:
+        with flop_counter() as counter:
+            run.train_step()
+        operations = counter.get_total_flops() / statistics.median(seconds["loop"]) / 1e12
+    per_second = {name: recipe.documents / statistics.median(values) for name, values in seconds.items()}
+    return {
+        "documents_per_second": per_second,
+        "ratio": per_second["loop"] / per_second["straightforward"],
+        "gradient_difference": max(differences),
+        **({"share_of_peak": operations / peak} if peak else {}),
+    }
+
+
+def now(run: Trainer) -> float:
+    if run.base.device.type == "cuda":
+        torch.cuda.synchronize(run.base.device)
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the GPU; prints the share of it that the loop reaches")
+    parser.add_argument("--set", action="append", default=[], help="key=value of the recipe, in YAML")
+    options = parser.parse_args()
+    changes = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in options.set)}
+    print(json.dumps(measure(read_recipe(options.recipe, **changes), options.steps, options.peak)))
+
+
+if __name__ == "__main__":
+    main()
