@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -114,6 +115,7 @@ class Runtime:
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         temperature: float = 0.0,
+        min_p: float = 0.0,
         seeds: Sequence[int] | None = None,
         stop: bool = True,
         last: Callable[[int], bool] | None = None,
@@ -123,6 +125,8 @@ class Runtime:
 
         Args:
             temperature: 0 for greedy decoding.
+            min_p: tokens less likely than so many times the likeliest one are never drawn (Nguyen et al. 2024, arXiv
+                2407.01082).
             seeds: one for each prompt, so that a sample does not depend on its batch.
             stop: end a reply where the model does; False to measure the speed of a fixed number of tokens.
             last: tells of a token whether a reply ends with it.
@@ -130,7 +134,7 @@ class Runtime:
         found: dict[int, list[int]] = {}
         for order, batch in self._batches(memories, prompts, [max_new_tokens] * len(prompts)):
             own = [index if seeds is None else seeds[index] for index in order]
-            choose = _greedy if temperature == 0 else _sampler(temperature, own)
+            choose = _greedy if temperature == 0 else _sampler(temperature, min_p, own)
             ends = self.base.stop_ids if stop else []
             found |= dict(zip(order, self._decode(memories, batch, max_new_tokens, choose, ends, last), strict=True))
             if progress:
@@ -197,13 +201,16 @@ def _greedy(logits: Tensor, rows: Sequence[int]) -> Tensor:
     return logits.argmax(-1)
 
 
-def _sampler(temperature: float, seeds: list[int]) -> Choose:
+def _sampler(temperature: float, min_p: float, seeds: list[int]) -> Choose:
     """Draws a token of each of the `rows` by the Gumbel-max trick, each row with random numbers of its own."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
         noise = torch.stack([torch.rand(logits.shape[1], generator=generators[row]) for row in rows])
         gumbel = -(-noise.clamp(1e-9, 1 - 1e-7).log()).log()
-        return (logits / temperature + gumbel.to(logits.device)).argmax(-1)
+        scaled = logits / temperature
+        if min_p:
+            scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+        return (scaled + gumbel.to(logits.device)).argmax(-1)
 
     return choose

@@ -67,6 +67,28 @@ def test_the_fit_brings_the_student_to_the_teacher(any_base: BaseModel, layers: 
             assert float((near / far).max()) < share
 
 
+def test_less_weight_on_questions_brings_the_replies_closer(base: BaseModel) -> None:
+    site, words = find_sites(base.model)[-1:], TEXT.split()
+    context = document_ids(base.tokenizer, TEXT[:200])
+    held = [
+        Conversation("question", context, " ".join(words[i : i + 9]), document_ids(base.tokenizer, words[-i - 1]))
+        for i in range(40)
+    ]
+    lessons = teach(base, held, [site[0].layer])
+
+    def far(weight: float) -> float:
+        factors = fit(base, lessons, [], site, 8, 0.1, question_weight=weight)
+        prefix = encode(base.tokenizer, base.prompt.prefix)
+        total = 0.0
+        for lesson in lessons:
+            with torch.no_grad():
+                _, hidden = read(prefix, [(lesson.question, lesson.reply)], base, [site[0].layer], factors)
+            total += float((hidden - lesson.hidden)[0, len(lesson.question) - 1 :].square().sum())
+        return total
+
+    assert far(0.0) < far(0.1) < 0.98 * far(1.0)
+
+
 def attended(base: BaseModel, sites: list[Site], lessons: list[Lesson], factors: Factors | None) -> torch.Tensor:
     """What the student's attention puts out, (layers, tokens, d_model)."""
     modules = torch.nn.ModuleList(base.model.get_submodule(site.path.rpartition(".")[0]) for site in sites)

@@ -11,7 +11,7 @@ from hyperlora.evaluation.answers import greedy
 from hyperlora.inject import patched
 from hyperlora.memory import KV, Memory
 from hyperlora.prompt import GAP, document_ids, encode
-from hyperlora.runtime import Prompt, Runtime
+from hyperlora.runtime import Prompt, Runtime, _sampler
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
 
@@ -131,6 +131,19 @@ def test_replies_that_have_ended_leave_the_batch(any_base: BaseModel, documents:
     assert held[0] == 9 and len(held) == longest
     going = [sum(len(reply) > step for reply in cut) for step in range(1, longest)]
     assert all(now < 2 * count for now, count in zip(held[1:], going, strict=True)) and held[-1] < 9
+
+
+def test_samples_follow_the_probabilities_and_min_p_cuts_their_tail() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.2, 0.05]).log().expand(4000, 4)
+    for min_p, left in ((0.0, [0.5, 0.25, 0.2, 0.05]), (0.3, [0.5, 0.25, 0.2, 0.0]), (1.0, [1.0, 0.0, 0.0, 0.0])):
+        drawn = _sampler(1.0, min_p, list(range(4000)))(logits, range(4000))
+        share = torch.bincount(drawn, minlength=4) / 4000
+        torch.testing.assert_close(share, torch.tensor(left) / sum(left), atol=0.03, rtol=0)
+        assert not (share > 0)[torch.tensor(left) == 0].any()
+    sharp = _sampler(0.5, 0.3, [0] * 4000)(logits, range(4000))
+    assert len(sharp.unique()) == 1  # the seed decides
+    drawn = _sampler(0.5, 0.3, list(range(4000)))(logits, range(4000))
+    assert set(drawn.tolist()) == {0}  # of squared probabilities the second is a quarter of the first
 
 
 def test_a_patch_and_a_document_work_together(base: BaseModel, documents: list[str]) -> None:

@@ -32,7 +32,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 3
+    revision = 4
     seeded = True
     compresses = True
 
@@ -42,7 +42,8 @@ class Distillation(Method):
         Attributes:
             rank, layers, modules: of the LoRA; None takes all layers, and the output projections of attention and MLP.
             conversations, reply_tokens: self-study of one document.
-            ridge: of the regression that these projections start from; None starts from zero.
+            ridge, question_weight: of the regression that these projections start from (regression.py); a ridge of None
+                starts from zero.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the bare model's distance; the KL divergence has weight 1.
             steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
@@ -57,6 +58,7 @@ class Distillation(Method):
         conversations: int = Field(160, ge=16)
         reply_tokens: int = Field(32, gt=1)
         ridge: float | None = Field(0.3, gt=0)
+        question_weight: float = Field(0.1, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
         steps: int = Field(32, ge=0)
@@ -90,7 +92,7 @@ class Distillation(Method):
         unseen, trained = others[:split], others[split:] + recitations
         if settings.ridge and (attention or mlp):
             told = _behind(trained, known, [site.layer for site in mlp])
-            factors |= fit(base, told, attention, mlp, settings.rank, settings.ridge)
+            factors |= fit(base, told, attention, mlp, settings.rank, settings.ridge, settings.question_weight)
         unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
         kept = self._train(factors, trained, unseen, matched, rng)
         final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}

@@ -34,6 +34,7 @@ def fit(
     sites: Sequence[Site],
     rank: int,
     ridge: float,
+    question_weight: float = 1.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A (1, rank, d_in) and B (1, d_out, rank) of every site, by its path.
 
@@ -42,6 +43,8 @@ def fit(
             their order.
         attention, sites: outputs of the attention and of the MLP, one to a layer, in layer order.
         ridge: in units of the mean square of the module's inputs, summed over tokens.
+        question_weight: of the squared error at a question's tokens before its last; those that predict the reply
+            weigh 1.
     """
     prefix = encode(base.tokenizer, base.prompt.prefix)
     rows = [lessons[first : first + _PACKED] for first in range(0, len(lessons), _PACKED)]
@@ -49,6 +52,8 @@ def fit(
     gains = _gains(base, sites, prefix + lessons[0].question)
     taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)  # (layers, tokens, d_model)
     attended = torch.cat([lesson.attention for lesson in lessons], dim=1)
+    weight = [[question_weight] * (len(x.question) - 1) + [1.0] * len(x.reply) for x in lessons]
+    scale = torch.tensor([value**0.5 for part in weight for value in part], device=base.device)[:, None]
     inputs: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -57,14 +62,16 @@ def fit(
 
     def attend(number: int, site: Site, _: Any, __: Any, output: Tensor) -> Tensor:
         x = inputs.pop(site.path)
-        a, b = regress(x[real], attended[number] - output[real].float(), rank, ridge)
+        missing = attended[number] - output[real].float()
+        a, b = regress(scale * x[real], scale * missing, rank, ridge)
         found[site.path] = (a[None], b[None])
         return output + (x @ a.mT @ b.mT).to(output.dtype)
 
     def correct(number: int, site: Site, _: Any, __: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         x, gain = inputs.pop(site.path), gains[site.path]
-        a, b = regress(x[real], taught[number] - hidden[real].float(), rank, ridge)
+        missing = taught[number] - hidden[real].float()
+        a, b = regress(scale * x[real], scale * missing, rank, ridge)
         found[site.path] = (a[None], (b / gain[:, None])[None])
         hidden = hidden + (x @ a.mT @ b.mT).to(hidden.dtype)  # exact where the gain is one
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -90,6 +90,7 @@ def study(
     reply_tokens: int = 48,
     chunk_tokens: int = 512,
     temperature: float = 1.0,
+    min_p: float = 0.1,
 ) -> list[Conversation]:
     """At most `conversations` about the document, no question twice, and one recitation of every chunk of it.
 
@@ -131,7 +132,7 @@ def study(
     def ends(token: int) -> bool:
         return any(mark in base.tokenizer.decode([token]) for mark in "?\n")
 
-    found = runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, seeds, last=ends)
+    found = runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, min_p, seeds, last=ends)
     for (manner, start, length, chunk), rest in zip(starts, _texts(base, found), strict=True):
         if start or rest:
             asked.setdefault((chunk, f"{start} {rest} {length}".strip()), manner)
