@@ -61,7 +61,7 @@ class Distillation(Method):
         question_weight: float = Field(0.1, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(32, ge=0)
+        steps: int = Field(16, ge=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(3e-4, gt=0)
         warmup: int = Field(5, ge=0)
