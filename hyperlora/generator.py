@@ -23,6 +23,7 @@ from hyperlora.errors import InputError, nearest
 from hyperlora.files import new_directory, push_folder, sha256
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.hypernet import HYPERNETS, Factors, Hypernet, Shape
+from hyperlora.norm_control import hold, update_norm
 from hyperlora.patch import Patch, Provenance, check_base
 from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SiteStatistics, calibrate
@@ -158,8 +159,12 @@ class Generator(nn.Module):
     def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
         """Factors of one document, its chunks read one at a time."""
         state: list[Factors] | None = None
+        moments = [stat.moment for stat in self.statistics]  # type: ignore[union-attr]
+        limit, norms = self.config.norm_limit, []  # norms by chunk and site
         for chunk in chunks:
             slots = self._slots([chunk], clock)
+            if limit is not None:
+                norms.append([update_norm(a, b, moment) for (a, b), moment in zip(slots, moments, strict=True)])
             if state is not None:
                 slots = [
                     (torch.cat([a, more_a], dim=1), torch.cat([b, more_b], dim=2))
@@ -167,7 +172,11 @@ class Generator(nn.Module):
                 ]
             state = self._cap(slots, WORKING_RANKS * self.config.rank)
         assert state is not None
-        return self._cap(state, self.config.rank)
+        state = self._cap(state, self.config.rank)
+        if limit is None:
+            return state
+        bounds = [limit * torch.stack(own).amax(0) for own in zip(*norms, strict=True)]
+        return [hold(a, b, bound, m) for (a, b), bound, m in zip(state, bounds, moments, strict=True)]
 
     # -- files ------------------------------------------------------------------------------------------------------
 

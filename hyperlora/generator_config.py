@@ -15,6 +15,8 @@ class GeneratorConfig(BaseModel):
             reading a document costs less than a whole forward pass.
         modules: target modules as endings of their path in a layer; None is the MLP's output projection.
         chunk_tokens: longest piece of document read at once.
+        norm_limit: the patch of a document of several chunks moves outputs on generic text at most this many times as
+            far as its strongest chunk alone; None does not limit it.
         moment_directions, ridge: see `SecondMoment`.
     """
 
@@ -27,6 +29,7 @@ class GeneratorConfig(BaseModel):
     layer_count: int = Field(default=6, gt=0)
     modules: list[str] | None = None
     chunk_tokens: int = Field(default=512, gt=1)
+    norm_limit: float | None = Field(default=None, ge=1)
     moment_directions: int = Field(default=32, ge=0)
     ridge: float = Field(default=0.05, gt=0)
 

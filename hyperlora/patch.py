@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hyperlora.base_model import Fingerprint, fingerprint
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.files import new_directory, push_folder
+from hyperlora.norm_control import hold, update_norm
 from hyperlora.rank_cap import cap_rank
 from hyperlora.structure import is_transposed, linear_shape
 
@@ -82,12 +83,24 @@ class Patch:
         return Patch(capped, self.provenance)
 
     @staticmethod
-    def compose(patches: Sequence["Patch"], weights: Sequence[float] | None = None, rank: int | None = None) -> "Patch":
+    def compose(
+        patches: Sequence["Patch"],
+        weights: Sequence[float] | None = None,
+        rank: int | None = None,
+        norm_limit: float | None = None,
+    ) -> "Patch":
         """The weighted sum of patches, exact at the sum of their ranks, or capped to `rank`.
+
+        Args:
+            norm_limit: scale every module's update down to so many times the Frobenius norm of its largest part, so
+                that many patches do not garble the model together.
 
         Raises:
             BaseMismatch: the patches are for different bases.
+            InputError: not as many weights as patches, or a limit that is not positive.
         """
+        if norm_limit is not None and not norm_limit > 0:
+            raise InputError(f"a norm limit of {norm_limit} leaves nothing; use a positive number")
         weights = list(weights) if weights is not None else [1.0] * len(patches)
         if len(weights) != len(patches) or not patches:
             raise InputError(f"{len(patches)} patches need as many weights, got {len(weights)}")
@@ -95,13 +108,14 @@ class Patch:
         for patch in patches[1:]:
             check_base(patch.provenance, first.fingerprint, first.base)
         paths = sorted({path for patch in patches for path in patch.factors})
-        factors = {}
+        factors, bounds = {}, {}
         for path in paths:
             parts = [(w, *p.factors[path]) for w, p in zip(weights, patches, strict=True) if path in p.factors]
             factors[path] = (
                 torch.cat([a for _, a, _ in parts]),
                 torch.cat([w * b for w, _, b in parts], dim=1),
             )
+            bounds[path] = torch.stack([update_norm(a, w * b) for w, a, b in parts]).amax(0)
         documents = tuple(
             {**document, "weight": weight * document.get("weight", 1.0)}
             for weight, patch in zip(weights, patches, strict=True)
@@ -113,7 +127,11 @@ class Patch:
         )
         origin = replace(first, documents=documents, generator=names, generator_hash=hashes)
         composed = Patch(_uniform(factors), origin)
-        return composed if rank is None else composed.cap_rank(rank)
+        composed = composed if rank is None else composed.cap_rank(rank)
+        if norm_limit is None:
+            return composed
+        held = {path: hold(a, b, norm_limit * bounds[path]) for path, (a, b) in composed.factors.items()}
+        return Patch(held, composed.provenance)
 
     def merge(self, model: nn.Module) -> None:
         """Add the patch to the model's weights for good; to merge several, `compose` them first.

@@ -42,6 +42,11 @@ def test_inspect_and_compose(generate: Run, run: Run, document: Path, tmp_path: 
     both = Patch.load(tmp_path / "b")
     assert code == 0 and both.rank == 5, err
     assert json.loads(out) == {"path": str(tmp_path / "b"), "patches": 2, "rank": 5, "bytes": both.nbytes}
+    options = ("--norm-limit", "0.5")
+    code, out, err = run("compose", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "weak", *options)
+    assert code == 0 and Patch.load(tmp_path / "weak").rank == 12, err
+    code, _, err = run("compose", tmp_path / "one", "-o", tmp_path / "x", "--norm-limit", "-1")
+    assert code == 3 and "use a positive number" in one_line(err)
     code, _, err = run("compose", tmp_path / "one", "-o", tmp_path / "x", "--weights", "1,much")
     assert code == 3 and "use numbers" in one_line(err)
 

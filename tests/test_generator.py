@@ -53,6 +53,32 @@ def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str]) -> None
         torch.testing.assert_close(b @ a, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
+def test_the_norm_of_folded_chunks_is_held(base: BaseModel, documents: list[str]) -> None:
+    """In the metric of generic inputs, against dense matrices; one chunk is left alone; the limit has a gradient."""
+    free = make_generator(base, rank=64, chunk_tokens=20)
+    held = make_generator(base, rank=64, chunk_tokens=20, norm_limit=1.1)
+    held.load_state_dict(free.state_dict())
+    ids = free.encoder.tokenize(" ".join(documents))[:60]
+    with torch.no_grad():
+        parts = [free.factors([chunk]) for chunk in free.encoder.chunks(ids)]
+        whole = free.factors([ids])
+    found = held.factors([ids])
+    limited = 0
+    for site, stat in zip(free.sites, free.statistics, strict=True):
+        root = torch.linalg.cholesky(stat.moment.dense())
+        sizes = [float((part[site.path][1] @ part[site.path][0] @ root).norm()) for part in parts]
+        update = whole[site.path][1] @ whole[site.path][0]
+        scale = min(1.0, 1.1 * max(sizes) / float((update @ root).norm()))
+        limited += scale < 1
+        a, b = found[site.path]
+        torch.testing.assert_close(b @ a, scale * update, rtol=1e-3, atol=1e-4 * float(update.abs().max()))
+    assert limited > 0
+    sum(b.sum() for _, b in found.values()).backward()  # type: ignore[union-attr]
+    assert all(bool(torch.isfinite(p.grad).all()) for p in held.parameters() if p.grad is not None)
+    alone, same = held.factors([ids[:15]]), free.factors([ids[:15]])
+    assert all(torch.equal(alone[path][1], same[path][1]) for path in alone)
+
+
 def test_save_and_load(generator: Generator, documents: list[str], tmp_path: Path) -> None:
     generator.save_pretrained(tmp_path / "g")
     one, two = (Generator.from_pretrained(tmp_path / "g", generator.base) for _ in range(2))

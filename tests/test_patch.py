@@ -97,6 +97,24 @@ def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> N
         Patch.compose([one, two], [1.0])
 
 
+def test_compose_holds_the_norm_of_the_sum(base: BaseModel, documents: list[str]) -> None:
+    one, two = make_generator(base).generate(documents[:2])
+    for weights, limit, rank in (([1.0, 1.0], 1.0, None), ([2.0, 1.0], 1.1, 4), ([1.0, -1.0], 9.0, None)):
+        free = Patch.compose([one, two], weights, rank)
+        held = Patch.compose([one, two], weights, rank, norm_limit=limit)
+        for path, (a, b) in held.factors.items():
+            parts = [w * p.factors[path][1] @ p.factors[path][0] for w, p in zip(weights, (one, two), strict=True)]
+            whole = free.factors[path][1] @ free.factors[path][0]
+            bound = limit * max(float(part.norm()) for part in parts)
+            expected = whole * min(1.0, bound / float(whole.norm()))
+            torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-5)
+            assert float((b @ a).norm()) <= bound * 1.001
+        assert held.provenance == free.provenance
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(InputError, match="use a positive number"):
+            Patch.compose([one, two], norm_limit=wrong)
+
+
 def test_another_base_is_an_error_that_names_both(patch: Patch, base: BaseModel, documents: list[str]) -> None:
     other = make_base(seed=7)
     with pytest.raises(BaseMismatch, match=r"made for base tiny-llama .* not for"), patched(other.model, patch):

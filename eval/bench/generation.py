@@ -4,7 +4,7 @@
 
 Prints (1) the time to generate the patch of a 500-token document over one plain cached prefill of it, median of
 interleaved pairs, loading excluded; (2) the log-log slope of the time and the growth of peak memory above the loaded
-model from 1k to 16k tokens, each length in a process of its own.
+model from 1k to `--longest` tokens, each length in a process of its own.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--generator")
     parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--longest", type=int, default=16384, help="tokens, 1024 doubled some times")
     parser.add_argument("--length", type=int, help="internal: measure one length and print JSON")
     options = parser.parse_args()
     if options.length:
@@ -75,14 +76,14 @@ def main() -> None:
     print(json.dumps(ratio(Generator.from_pretrained(options.generator), 500, options.pairs)))
     command = [sys.executable, __file__] + (["--generator", options.generator] if options.generator else [])
     rows = []
-    for length in (1024, 2048, 4096, 8192, 16384):
+    for length in (1024 << step for step in range((options.longest // 1024).bit_length())):
         out = subprocess.run([*command, "--length", str(length)], check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(out.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1]))
     x = [math.log(row["tokens"]) for row in rows]
     y = [math.log(row["seconds"]) for row in rows]
     slope = statistics.covariance(x, y) / statistics.variance(x)
-    print(json.dumps({"slope": slope, "memory_16k_over_1k": rows[-1]["peak_mib"] / rows[0]["peak_mib"]}))
+    print(json.dumps({"slope": slope, "memory_longest_over_1k": rows[-1]["peak_mib"] / rows[0]["peak_mib"]}))
 
 
 if __name__ == "__main__":
