@@ -32,7 +32,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 4
+    revision = 5
     seeded = True
     compresses = True
 
@@ -46,7 +46,8 @@ class Distillation(Method):
                 starts from zero.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the bare model's distance; the KL divergence has weight 1.
-            steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
+            steps, batch: most optimizer steps (0: only the regression), and conversations to a step; the defaults make
+                one pass over the conversations.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
             check, patience: every `check` steps the held-out conversations (one in 16) are scored; training stops
                 after `patience` scores in a row that are not the best, and the best is kept.
@@ -61,7 +62,7 @@ class Distillation(Method):
         question_weight: float = Field(0.1, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(16, ge=0)
+        steps: int = Field(20, ge=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(3e-4, gt=0)
         warmup: int = Field(5, ge=0)

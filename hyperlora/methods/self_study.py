@@ -94,8 +94,8 @@ def study(
 ) -> list[Conversation]:
     """At most `conversations` about the document, no question twice, and one recitation of every chunk of it.
 
-    Three in four are plain questions, most of them to be answered in a few words; the rest take the other manners in
-    turn and any length of answer. Sentences come in turn, or evenly spread where there are more sentences than
+    Seven in eight are plain questions, to be answered in a few words; the rest take the other manners in turn and any
+    length of answer. Sentences come in turn, or evenly spread where there are more sentences than
     conversations. The model sees one chunk of at most `chunk_tokens`, less where its window is small.
 
     Raises:
@@ -118,15 +118,15 @@ def study(
     openings, seeds, starts = [], [], []
     plain, *others = SEEDS
     for number in range(conversations):
-        manner = others[number // 4 % len(others)] if number % 4 == 3 else plain
+        manner = others[number // 8 % len(others)] if number % 8 == 7 else plain
         seeds.append(stable_seed(seed, document.id, number))
         pick, which = divmod(seeds[-1], len(SEEDS[manner]))
         start = SEEDS[manner][which]
         chunk, piece = pieces[int(number * max(1, len(pieces) / conversations)) % len(pieces)]
         opening = f"Sentence: {piece}\nQuestion: {start}".rstrip()
         openings.append(Prompt(chunk, document_ids(base.tokenizer, opening)[-_OPENING:], []))
-        brief = manner == plain and pick % 4
-        starts.append((manner, start, LENGTHS[1] if brief else LENGTHS[pick // 4 % len(LENGTHS)], chunk))
+        length = LENGTHS[1] if manner == plain else LENGTHS[pick % len(LENGTHS)]
+        starts.append((manner, start, length, chunk))
     told = [Memory(text=tuple(document_ids(base.tokenizer, EXAMPLES + text))) for text in texts]
 
     def ends(token: int) -> bool:
