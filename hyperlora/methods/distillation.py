@@ -32,7 +32,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 5
+    revision = 6
     seeded = True
     compresses = True
 
@@ -58,7 +58,7 @@ class Distillation(Method):
         modules: list[str] | None = None
         conversations: int = Field(160, ge=16)
         reply_tokens: int = Field(32, gt=1)
-        ridge: float | None = Field(0.3, gt=0)
+        ridge: float | None = Field(0.04, gt=0)
         question_weight: float = Field(0.1, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
