@@ -159,7 +159,7 @@ class Generator(nn.Module):
     def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
         """Factors of one document, its chunks read one at a time."""
         state: list[Factors] | None = None
-        moments = [stat.moment for stat in self.statistics]  # type: ignore[union-attr]
+        moments: list[Any] = [stat.moment for stat in self.statistics]
         limit, norms = self.config.norm_limit, []  # norms by chunk and site
         for chunk in chunks:
             slots = self._slots([chunk], clock)

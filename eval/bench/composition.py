@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--generator")
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--documents", type=int, default=16, help="in a group, a power of two")
-    parser.add_argument("--texts", type=int, default=4, help="unrelated, for each group")
+    parser.add_argument("--texts", type=int, default=4, help="unrelated ones")
     options = parser.parse_args()
     generator = Generator.from_pretrained(options.generator)
     base, runtime, rank, rng = generator.base, Runtime(generator.base), generator.config.rank, random.Random(0)
