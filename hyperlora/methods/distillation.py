@@ -64,7 +64,7 @@ class Distillation(Method):
         matched: int = Field(5, gt=0)
         steps: int = Field(20, ge=0)
         batch: int = Field(8, gt=0)
-        learning_rate: float = Field(3e-4, gt=0)
+        learning_rate: float = Field(1e-4, gt=0)
         warmup: int = Field(5, ge=0)
         check: int = Field(8, gt=0)
         patience: int = Field(3, gt=0)
