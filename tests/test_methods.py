@@ -13,7 +13,7 @@ from hyperlora.inject import stack_patches
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document, Method
 from hyperlora.methods.adapted import fresh_adapter
-from hyperlora.methods.self_study import EXAMPLES, SEEDS, study
+from hyperlora.methods.self_study import COPIES, EXAMPLES, SEEDS, chat, study
 from hyperlora.methods.summary import ranking, sentences
 from hyperlora.methods.teaching import differences, teach
 from hyperlora.objectives import top_k_kl
@@ -21,7 +21,7 @@ from hyperlora.prompt import document_ids, encode
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
-from hyperlora.structure import find_sites
+from hyperlora.structure import attention_outputs, find_sites
 
 from .conftest import make_base, make_generator
 
@@ -166,11 +166,17 @@ def test_self_study_is_told_by_the_document(base: BaseModel, documents: list[str
     """The teacher's opinion equals a plain pass with the document in the prompt, whatever it was packed with."""
     held = study(base, Document("a", documents[0]), seed=0, conversations=16, reply_tokens=6, chunk_tokens=20)
     manners = {conversation.manner for conversation in held}
-    assert manners <= {*SEEDS, "recitation"} and "recitation" in manners and len(manners) >= 4
+    assert manners <= {*SEEDS, *COPIES} and manners >= {*COPIES} and len(manners) >= 5
     contexts = {tuple(conversation.context) for conversation in held}
     assert len(contexts) > 1
     assert sum(c.manner == "recitation" for c in held) == len(contexts)
-    assert len({(tuple(c.context), c.question) for c in held}) == len(held)
+    asked = [(tuple(c.context), c.question) for c in held if c.manner != "quotation"]
+    assert len(set(asked)) == len(asked)
+    quoted = [c for c in held if c.manner == "quotation"]
+    assert len(quoted) == 16 // 5 and all((tuple(c.context), c.question) in asked for c in quoted)
+    for c in quoted:
+        text = base.tokenizer.decode(c.reply, skip_special_tokens=True).strip()
+        assert text and text in base.tokenizer.decode(c.context)
     runtime = Runtime(base)
     for conversation, lesson in zip(held, teach(base, held, [0, 2], top_k=7, batch=3), strict=True):
         prompt = runtime.question(0, conversation.question)
@@ -187,8 +193,17 @@ def test_self_study_is_told_by_the_document(base: BaseModel, documents: list[str
         tokens = len(lesson.question) + len(lesson.reply) - 1
         states = torch.stack([plain.hidden_states[layer + 1][0, -tokens:] for layer in (0, 2)])
         torch.testing.assert_close(lesson.hidden, states.float(), rtol=1e-4, atol=1e-4)
-        if conversation.manner != "recitation":  # greedy replies: each token is the teacher's likeliest
+        if conversation.manner not in COPIES:  # greedy replies: each token is the teacher's likeliest
             assert lesson.top_ids[:, 0].tolist() == conversation.reply
+
+
+def test_a_chat_has_no_document_and_a_lesson_from_it_is_the_bare_model_s(base: BaseModel) -> None:
+    held, again, other = (chat(base, seed, conversations=8, reply_tokens=5) for seed in (0, 0, 1))
+    assert 4 <= len(held) <= 8 and len({c.question for c in held}) > 3 and held == again != other
+    assert all(c.context == [] and 0 < len(c.reply) <= 5 for c in held)
+    lessons = teach(base, held, [0, 3], attention_outputs(base.model, [1]))
+    kl, far = differences(base, lessons, [0, 3])
+    assert abs(float(kl)) < 1e-4 and float(far.max()) < 1e-6
 
 
 def test_an_empty_document_cannot_be_studied(base: BaseModel) -> None:
@@ -218,7 +233,7 @@ def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> 
     settings = kind.Settings(rank=8, conversations=24, reply_tokens=8, steps=80, check=20, learning_rate=1e-2)
     held = [Document(str(number), text) for number, text in enumerate(documents[:2])]
     own, other = kind(base, settings).compile(held)
-    fresh = [c for c in study(base, held[0], seed=7, conversations=15, reply_tokens=8) if c.manner != "recitation"]
+    fresh = [c for c in study(base, held[0], seed=7, conversations=15, reply_tokens=8) if c.manner not in COPIES]
     lessons = teach(base, fresh, [1, 3])
     runtime = Runtime(base)
 

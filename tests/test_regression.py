@@ -89,6 +89,27 @@ def test_less_weight_on_questions_brings_the_replies_closer(base: BaseModel) -> 
     assert far(0.0) < far(0.1) < 0.98 * far(1.0)
 
 
+def test_other_lessons_hold_the_student_where_it_is(base: BaseModel) -> None:
+    site, words = find_sites(base.model)[-1:], TEXT.split()
+    layer, prefix = [site[0].layer], encode(base.tokenizer, base.prompt.prefix)
+
+    def told(context: list[int], first: int) -> list[Lesson]:
+        asked = [words[(first + i) % len(words) :][:3] for i in range(40)]
+        replies = [document_ids(base.tokenizer, word) for word in reversed(words[:40])]
+        pairs = zip(asked, replies, strict=True)
+        return teach(base, [Conversation("question", context, " ".join(q), r) for q, r in pairs], layer)
+
+    about, others = told(document_ids(base.tokenizer, TEXT[:200]), 0), told([], 20)
+
+    def moved(weight: float) -> float:
+        factors = fit(base, about, [], site, 8, 0.1, others=others, other_weight=weight)
+        with torch.no_grad():
+            _, hidden = read(prefix, [(x.question, x.reply) for x in others], base, layer, factors)
+        return float((hidden - torch.cat([x.hidden for x in others], dim=1)).square().sum())
+
+    assert moved(1.0) < 0.7 * moved(0.0)
+
+
 def attended(base: BaseModel, sites: list[Site], lessons: list[Lesson], factors: Factors | None) -> torch.Tensor:
     """What the student's attention puts out, (layers, tokens, d_model)."""
     modules = torch.nn.ModuleList(base.model.get_submodule(site.path.rpartition(".")[0]) for site in sites)

@@ -10,6 +10,7 @@ hidden states close in closed form (regression.py).
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from pydantic import Field
@@ -22,7 +23,7 @@ from hyperlora.memory import Memory
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.methods.contract import Document, Method, MethodSettings, stable_seed
 from hyperlora.methods.regression import fit
-from hyperlora.methods.self_study import study
+from hyperlora.methods.self_study import COPIES, Conversation, chat, study
 from hyperlora.methods.teaching import Lesson, differences, teach
 from hyperlora.patch import Patch, Provenance
 from hyperlora.structure import attention_outputs, decoder_layers, find_sites, is_transposed
@@ -32,7 +33,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 6
+    revision = 7
     seeded = True
     compresses = True
 
@@ -42,15 +43,16 @@ class Distillation(Method):
         Attributes:
             rank, layers, modules: of the LoRA; None takes all layers, and the output projections of attention and MLP.
             conversations, reply_tokens: self-study of one document.
-            ridge, question_weight: of the regression that these projections start from (regression.py); a ridge of None
-                starts from zero.
+            ridge, question_weight, strength: of the regression that these projections start from (regression.py), and a
+                factor on what it gives, which ridge makes too weak; a ridge of None starts from zero.
+            chats, chat_weight: conversations about anything else, which the regression is to leave as they are.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the bare model's distance; the KL divergence has weight 1.
             steps, batch: most optimizer steps (0: only the regression), and conversations to a step; the defaults make
                 one pass over the conversations.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
-            check, patience: every `check` steps the held-out conversations (one in 16) are scored; training stops
-                after `patience` scores in a row that are not the best, and the best is kept.
+            check, patience: every `check` steps the held-out conversations (one in 16 of those that are no copies) are
+                scored; training stops after `patience` scores in a row that are not the best, and the best is kept.
         """
 
         rank: int = Field(256, gt=0)
@@ -60,9 +62,12 @@ class Distillation(Method):
         reply_tokens: int = Field(32, gt=1)
         ridge: float | None = Field(0.04, gt=0)
         question_weight: float = Field(0.1, ge=0)
+        strength: float = Field(1.05, gt=0)
+        chats: int = Field(48, ge=0)
+        chat_weight: float = Field(0.05, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
-        steps: int = Field(20, ge=0)
+        steps: int = Field(24, ge=0)
         batch: int = Field(8, gt=0)
         learning_rate: float = Field(1e-4, gt=0)
         warmup: int = Field(5, ge=0)
@@ -71,6 +76,10 @@ class Distillation(Method):
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
         return [Memory(patch=self._patch(document)) for document in documents]
+
+    @cached_property
+    def _chats(self) -> list[Conversation]:
+        return chat(self.base, self.seed, self.settings.chats) if self.settings.chats else []
 
     def _patch(self, document: Document) -> Patch:
         settings, base = self.settings, self.base
@@ -85,15 +94,18 @@ class Distillation(Method):
         known = sorted({*matched, *(site.layer for site in mlp)})
         held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
         lessons = teach(base, held, known, attention)
-        recitations = [x for x, c in zip(lessons, held, strict=True) if c.manner == "recitation"]
-        others = [x for x, c in zip(lessons, held, strict=True) if c.manner != "recitation"]
+        copies = [x for x, c in zip(lessons, held, strict=True) if c.manner in COPIES]
+        answers = [x for x, c in zip(lessons, held, strict=True) if c.manner not in COPIES]
         rng = random.Random(f"{self.seed}/{document.id}")
-        rng.shuffle(others)
-        split = max(1, len(others) // 16)
-        unseen, trained = others[:split], others[split:] + recitations
+        rng.shuffle(answers)
+        split = max(1, len(answers) // 16)
+        unseen, trained = answers[:split], answers[split:] + copies
         if settings.ridge and (attention or mlp):
-            told = _behind(trained, known, [site.layer for site in mlp])
-            factors |= fit(base, told, attention, mlp, settings.rank, settings.ridge, settings.question_weight)
+            chats = teach(base, self._chats, known, attention)
+            told, chats = (_behind(part, known, [site.layer for site in mlp]) for part in (trained, chats))
+            weights = settings.question_weight, settings.chat_weight
+            fitted = fit(base, told, attention, mlp, settings.rank, settings.ridge, weights[0], chats, weights[1])
+            factors |= {path: (a, settings.strength * b) for path, (a, b) in fitted.items()}
         unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
         kept = self._train(factors, trained, unseen, matched, rng)
         final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}

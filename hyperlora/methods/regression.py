@@ -35,6 +35,8 @@ def fit(
     rank: int,
     ridge: float,
     question_weight: float = 1.0,
+    others: Sequence[Lesson] = (),
+    other_weight: float = 1.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A (1, rank, d_in) and B (1, d_out, rank) of every site, by its path.
 
@@ -45,14 +47,17 @@ def fit(
         ridge: in units of the mean square of the module's inputs, summed over tokens.
         question_weight: of the squared error at a question's tokens before its last; those that predict the reply
             weigh 1.
+        others, other_weight: more lessons, and the weight of the squared error at all of their tokens.
     """
     prefix = encode(base.tokenizer, base.prompt.prefix)
+    weight = [[question_weight] * (len(x.question) - 1) + [1.0] * len(x.reply) for x in lessons]
+    weight += [[other_weight] * (len(x.question) - 1 + len(x.reply)) for x in others]
+    lessons = [*lessons, *others]
     rows = [lessons[first : first + _PACKED] for first in range(0, len(lessons), _PACKED)]
     fields, real = _rows(base, prefix, rows)
     gains = _gains(base, sites, prefix + lessons[0].question)
     taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)  # (layers, tokens, d_model)
     attended = torch.cat([lesson.attention for lesson in lessons], dim=1)
-    weight = [[question_weight] * (len(x.question) - 1) + [1.0] * len(x.reply) for x in lessons]
     scale = torch.tensor([value**0.5 for part in weight for value in part], device=base.device)[:, None]
     inputs: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -1,10 +1,12 @@
-"""Conversations about a document that the model holds with itself, to learn from (Eyuboglu et al. 2025, Cartridges).
+"""Conversations that the model holds with itself, to learn from.
 
-The model reads two examples and the document, goes on with questions about its sentences in one of five manners, and
-answers its own questions with the document alone in sight.
+About a document (Eyuboglu et al. 2025, Cartridges, arXiv 2506.06266): the model reads two examples and the document,
+goes on with questions about its sentences in one of five manners, and answers its own questions with the document alone
+in sight. About anything (Xu et al. 2024, Magpie, arXiv 2406.08464): it goes on with the user's side of an empty chat.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,9 +68,11 @@ SEEDS: dict[str, tuple[str, ...]] = {
     "summarisation": ("Summarize what the text says about", "What does the text say about"),
     "creative": ("True or false:", "Explain to a child", "Complete the sentence:"),
 }
+COPIES = ("quotation", "recitation")  # manners whose replies are the document's own words
 LENGTHS = ("", FEW_WORDS.strip(), "Answer in one sentence.", "Answer in detail.")
 _OPENING, _QUESTION = 128, 24  # tokens at most of a sentence with the start of a question, and of the rest of it
 _LEAST = 32  # tokens of document to a chunk
+_QUOTED = 64  # tokens at most of a quoted sentence
 RECITE = "Repeat the text word for word."
 
 
@@ -92,11 +96,13 @@ def study(
     temperature: float = 1.0,
     min_p: float = 0.1,
 ) -> list[Conversation]:
-    """At most `conversations` about the document, no question twice, and one recitation of every chunk of it.
+    """At most `conversations` about the document, no question twice; one quotation to every five of them; and one
+    recitation of every chunk of the document.
 
-    Seven in eight are plain questions, to be answered in a few words; the rest take the other manners in turn and any
-    length of answer. Sentences come in turn, or evenly spread where there are more sentences than
-    conversations. The model sees one chunk of at most `chunk_tokens`, less where its window is small.
+    A quotation is a sentence of the document as the reply to one of the questions: the model's own replies seldom come
+    to the middle of its words. Seven in eight are plain questions, to be answered in a few words; the rest take the
+    other manners in turn and any length of answer. Sentences come in turn, or evenly spread where there are more
+    sentences than conversations. The model sees one chunk of at most `chunk_tokens`, less where its window is small.
 
     Raises:
         InputError: the document is empty, or the window too small for any of it.
@@ -122,17 +128,15 @@ def study(
         seeds.append(stable_seed(seed, document.id, number))
         pick, which = divmod(seeds[-1], len(SEEDS[manner]))
         start = SEEDS[manner][which]
-        chunk, piece = pieces[int(number * max(1, len(pieces) / conversations)) % len(pieces)]
+        chunk, piece = _spread(pieces, number, conversations)
         opening = f"Sentence: {piece}\nQuestion: {start}".rstrip()
         openings.append(Prompt(chunk, document_ids(base.tokenizer, opening)[-_OPENING:], []))
         length = LENGTHS[1] if manner == plain else LENGTHS[pick % len(LENGTHS)]
         starts.append((manner, start, length, chunk))
     told = [Memory(text=tuple(document_ids(base.tokenizer, EXAMPLES + text))) for text in texts]
 
-    def ends(token: int) -> bool:
-        return any(mark in base.tokenizer.decode([token]) for mark in "?\n")
-
-    found = runtime.generate_ids(runtime.prefill(told), openings, _QUESTION, temperature, min_p, seeds, last=ends)
+    memories, last = runtime.prefill(told), _ending(base)
+    found = runtime.generate_ids(memories, openings, _QUESTION, temperature, min_p, seeds, last=last)
     for (manner, start, length, chunk), rest in zip(starts, _texts(base, found), strict=True):
         if start or rest:
             asked.setdefault((chunk, f"{start} {rest} {length}".strip()), manner)
@@ -143,10 +147,46 @@ def study(
         for ((chunk, question), manner), reply in zip(asked.items(), replies, strict=True)
         if reply
     ]
+    rng = random.Random(stable_seed(seed, document.id))
+    by_chunk = [[c.question for c in held if c.context == context] for context in contexts]
+    for number in range(conversations // 5):
+        chunk, piece = _spread(pieces, number, conversations // 5)
+        if by_chunk[chunk]:
+            reply = base.prompt.answer_ids(base.tokenizer, piece)[:_QUOTED]
+            held.append(Conversation("quotation", contexts[chunk], rng.choice(by_chunk[chunk]), reply))
     for text, context in zip(texts, contexts, strict=True):
         asking = RECITE if count == 1 else f"{RECITE} Start with: {' '.join(text.split()[:6])}"
         held.append(Conversation("recitation", context, asking, base.prompt.answer_ids(base.tokenizer, text)))
     return held
+
+
+def chat(
+    base: BaseModel, seed: int, conversations: int, reply_tokens: int = 48, temperature: float = 1.0, min_p: float = 0.1
+) -> list[Conversation]:
+    """At most `conversations` about anything, without a document (`context` is empty). Every second question asks for a
+    few words."""
+    runtime = Runtime(base)
+    starts = [SEEDS["question"][1:][number % (len(SEEDS["question"]) - 1)] for number in range(conversations)]
+    openings = [Prompt(0, document_ids(base.tokenizer, start), []) for start in starts]
+    seeds = [stable_seed(seed, "chat", number) for number in range(conversations)]
+    found = runtime.generate_ids([Memory()], openings, _QUESTION, temperature, min_p, seeds, last=_ending(base))
+    asked = [
+        f"{start} {rest} {LENGTHS[number % 2]}".strip()
+        for number, (start, rest) in enumerate(zip(starts, _texts(base, found), strict=True))
+    ]
+    prompts = [runtime.question(0, question) for question in asked]
+    replies = runtime.generate_ids([Memory()], prompts, reply_tokens, temperature, min_p, seeds)
+    return [Conversation("chat", [], question, reply) for question, reply in zip(asked, replies, strict=True) if reply]
+
+
+def _spread(pieces: Sequence[tuple[int, str]], number: int, count: int) -> tuple[int, str]:
+    """The piece for the `number`-th of `count`: all in turn, or evenly spread where there are more pieces than that."""
+    return pieces[int(number * max(1, len(pieces) / count)) % len(pieces)]
+
+
+def _ending(base: BaseModel) -> Callable[[int], bool]:
+    """Whether a question ends with a token."""
+    return lambda token: any(mark in base.tokenizer.decode([token]) for mark in "?\n")
 
 
 def _texts(base: BaseModel, replies: Sequence[list[int]]) -> list[str]:

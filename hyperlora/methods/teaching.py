@@ -44,7 +44,7 @@ def teach(
     top_k: int = 20,
     batch: int = 16,
 ) -> list[Lesson]:
-    """Read every conversation with its document in the prompt, `batch` about the same text at a time.
+    """Read every conversation with its document, if it has one, in the prompt, `batch` about the same text at a time.
 
     Args:
         layers: for the lessons' hidden states.
@@ -56,18 +56,18 @@ def teach(
         by_context.setdefault(tuple(conversation.context), []).append(number)
     prefix, gap = encode(base.tokenizer, base.prompt.prefix), encode(base.tokenizer, GAP)
     for context, numbers in by_context.items():
+        told = [*prefix, *context, *gap] if context else prefix
         for first in range(0, len(numbers), batch):
             group = [conversations[number] for number in numbers[first : first + batch]]
             parts = [(base.prompt.question_ids(base.tokenizer, c.question), c.reply) for c in group]
             with states(_modules(base, attention), range(len(attention))) as added:
-                logits, hidden = read([*prefix, *context, *gap], parts, base, layers)
-            before = len(prefix) + len(context) + len(gap)
-            outputs = [added[number][0, before:].float() for number in range(len(attention))]
+                logits, hidden = read(told, parts, base, layers)
+            outputs = [added[number][0, len(told) :].float() for number in range(len(attention))]
             values, ids = logits.topk(min(top_k, logits.shape[1]), dim=-1)
             values = values - logits.logsumexp(-1, keepdim=True)
             counts = [len(reply) for _, reply in parts]
             lengths = [len(question) + len(reply) - 1 for question, reply in parts]
-            told = zip(
+            found = zip(
                 parts,
                 ids.split(counts),
                 values.split(counts),
@@ -75,7 +75,7 @@ def teach(
                 (torch.stack(outputs) if outputs else hidden[:0]).split(lengths, dim=1),
                 strict=True,
             )
-            for number, (part, *rest) in zip(numbers[first : first + batch], told, strict=True):
+            for number, (part, *rest) in zip(numbers[first : first + batch], found, strict=True):
                 lessons[number] = Lesson(*part, *rest)
     return [lesson for lesson in lessons if lesson is not None]
 
