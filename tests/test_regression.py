@@ -89,6 +89,21 @@ def test_less_weight_on_questions_brings_the_replies_closer(base: BaseModel) -> 
     assert far(0.0) < far(0.1) < 0.98 * far(1.0)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_layer_makes_up_its_share_of_what_is_missing(base: BaseModel, share: float) -> None:
+    """With hardly any ridge and few tokens, a module can put all of it right."""
+    sites = find_sites(base.model)
+    held = [Conversation("question", document_ids(base.tokenizer, TEXT[:200]), TEXT.split()[0], [5])]
+    layers = [site.layer for site in sites]
+    lessons = teach(base, held, layers)
+    factors = fit(base, lessons, [], sites, 32, 1e-6, share=share)
+    first = {sites[0].path: factors[sites[0].path]}
+    with torch.no_grad():
+        none, one, all_of_them = (differences(base, lessons, layers, f)[1] for f in (None, first, factors))
+    torch.testing.assert_close((one / none)[0].sqrt(), torch.tensor(1 - share), atol=0.02, rtol=0.0)
+    assert float((all_of_them / none)[-1]) < 0.01
+
+
 def test_other_lessons_hold_the_student_where_it_is(base: BaseModel) -> None:
     site, words = find_sites(base.model)[-1:], TEXT.split()
     layer, prefix = [site[0].layer], encode(base.tokenizer, base.prompt.prefix)

@@ -33,7 +33,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 7
+    revision = 8
     seeded = True
     compresses = True
 
@@ -44,7 +44,9 @@ class Distillation(Method):
             rank, layers, modules: of the LoRA; None takes all layers, and the output projections of attention and MLP.
             conversations, reply_tokens: self-study of one document.
             ridge, question_weight, strength: of the regression that these projections start from (regression.py), and a
-                factor on what it gives, which ridge makes too weak; a ridge of None starts from zero.
+                factor on what it gives, which ridge makes too weak; a ridge of None starts from zero. It is done twice,
+                with half of the rank each: once every layer makes up all of what is missing, once `share` of it. The
+                start is the mean of both, because what each gets wrong by chance differs.
             chats, chat_weight: conversations about anything else, which the regression is to leave as they are.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the bare model's distance; the KL divergence has weight 1.
@@ -55,14 +57,15 @@ class Distillation(Method):
                 scored; training stops after `patience` scores in a row that are not the best, and the best is kept.
         """
 
-        rank: int = Field(256, gt=0)
+        rank: int = Field(512, gt=1)
         layers: list[int] | None = None
         modules: list[str] | None = None
         conversations: int = Field(160, ge=16)
         reply_tokens: int = Field(32, gt=1)
         ridge: float | None = Field(0.04, gt=0)
         question_weight: float = Field(0.1, ge=0)
-        strength: float = Field(1.05, gt=0)
+        strength: float = Field(1.1, gt=0)
+        share: float = Field(0.5, gt=0, le=1)
         chats: int = Field(48, ge=0)
         chat_weight: float = Field(0.05, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
@@ -103,9 +106,14 @@ class Distillation(Method):
         if settings.ridge and (attention or mlp):
             chats = teach(base, self._chats, known, attention)
             told, chats = (_behind(part, known, [site.layer for site in mlp]) for part in (trained, chats))
-            weights = settings.question_weight, settings.chat_weight
-            fitted = fit(base, told, attention, mlp, settings.rank, settings.ridge, weights[0], chats, weights[1])
-            factors |= {path: (a, settings.strength * b) for path, (a, b) in fitted.items()}
+            weights = {"question_weight": settings.question_weight, "other_weight": settings.chat_weight}
+            whole, partly = (
+                fit(base, told, attention, mlp, rank, settings.ridge, others=chats, share=share, **weights)
+                for rank, share in ((settings.rank - settings.rank // 2, 1.0), (settings.rank // 2, settings.share))
+            )
+            for path, (a, b) in whole.items():
+                more_a, more_b = partly[path]
+                factors[path] = torch.cat([a, more_a], 1), torch.cat([b, more_b], 2) * (settings.strength / 2)
         unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
         kept = self._train(factors, trained, unseen, matched, rng)
         final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}

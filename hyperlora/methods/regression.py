@@ -37,6 +37,7 @@ def fit(
     question_weight: float = 1.0,
     others: Sequence[Lesson] = (),
     other_weight: float = 1.0,
+    share: float = 1.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A (1, rank, d_in) and B (1, d_out, rank) of every site, by its path.
 
@@ -48,6 +49,7 @@ def fit(
         question_weight: of the squared error at a question's tokens before its last; those that predict the reply
             weigh 1.
         others, other_weight: more lessons, and the weight of the squared error at all of their tokens.
+        share: of what is missing, how much each layer makes up; the last eighth of the layers makes up all of it.
     """
     prefix = encode(base.tokenizer, base.prompt.prefix)
     weight = [[question_weight] * (len(x.question) - 1) + [1.0] * len(x.reply) for x in lessons]
@@ -62,13 +64,17 @@ def fit(
     inputs: dict[str, Tensor] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def fitted(x: Tensor, missing: Tensor, depth: float) -> tuple[Tensor, Tensor]:
+        part = share if depth <= 7 / 8 else 1.0
+        return regress(scale * x[real], part * scale * missing, rank, ridge)
+
     def keep(path: str, _: Any, args: tuple) -> None:
         inputs[path] = args[0].float()
 
     def attend(number: int, site: Site, _: Any, __: Any, output: Tensor) -> Tensor:
         x = inputs.pop(site.path)
         missing = attended[number] - output[real].float()
-        a, b = regress(scale * x[real], scale * missing, rank, ridge)
+        a, b = fitted(x, missing, (number + 1) / len(attention))
         found[site.path] = (a[None], b[None])
         return output + (x @ a.mT @ b.mT).to(output.dtype)
 
@@ -76,7 +82,7 @@ def fit(
         hidden = output[0] if isinstance(output, tuple) else output
         x, gain = inputs.pop(site.path), gains[site.path]
         missing = taught[number] - hidden[real].float()
-        a, b = regress(scale * x[real], scale * missing, rank, ridge)
+        a, b = fitted(x, missing, (number + 1) / len(sites))
         found[site.path] = (a[None], (b / gain[:, None])[None])
         hidden = hidden + (x @ a.mT @ b.mT).to(hidden.dtype)  # exact where the gain is one
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
