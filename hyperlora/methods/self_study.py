@@ -165,8 +165,8 @@ def chat(
 ) -> list[Conversation]:
     """At most `conversations` about anything, without a document (`context` is empty). Every second question asks for a
     few words."""
-    runtime = Runtime(base)
-    starts = [SEEDS["question"][1:][number % (len(SEEDS["question"]) - 1)] for number in range(conversations)]
+    runtime, (_, *first) = Runtime(base), SEEDS["question"]  # without a text, something has to be there to go on from
+    starts = [first[number % len(first)] for number in range(conversations)]
     openings = [Prompt(0, document_ids(base.tokenizer, start), []) for start in starts]
     seeds = [stable_seed(seed, "chat", number) for number in range(conversations)]
     found = runtime.generate_ids([Memory()], openings, _QUESTION, temperature, min_p, seeds, last=_ending(base))
