@@ -11,8 +11,9 @@ from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.inject import stack_patches
 from hyperlora.memory import Memory
-from hyperlora.methods import METHODS, Document, Method
+from hyperlora.methods import METHODS, Document, Method, distillation
 from hyperlora.methods.adapted import fresh_adapter
+from hyperlora.methods.regression import fit
 from hyperlora.methods.self_study import COPIES, EXAMPLES, SEEDS, chat, study
 from hyperlora.methods.summary import ranking, sentences
 from hyperlora.methods.teaching import differences, teach
@@ -265,6 +266,31 @@ def test_only_the_outputs_of_the_mlp_start_from_the_regression(
     assert memory.patch is not None and len(memory.patch.factors) == 2 * len(modules)
     for path, (_, b) in memory.patch.factors.items():
         assert bool(b.abs().max() > 0) == path.endswith("down_proj")
+
+
+def test_distillation_starts_from_the_mean_of_two_regressions(
+    base: BaseModel, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each over half of the lessons and with half of the rank, one making up only a share of what is missing."""
+    kind, calls = METHODS["distillation"], []
+
+    def spied(base: BaseModel, lessons: Any, attention: Any, sites: Any, rank: int, ridge: float, **more: Any) -> Any:
+        found = fit(base, lessons, attention, sites, rank, ridge, **more)
+        calls.append((lessons, rank, more["share"], found))
+        return found
+
+    monkeypatch.setattr(distillation, "fit", spied)
+    settings = kind.Settings(rank=5, conversations=16, reply_tokens=4, steps=0, share=0.25, strength=1.5)
+    (memory,) = kind(base, settings).compile([Document("a", documents[0])])
+    (one, rank, share, first), (two, other_rank, other_share, second) = calls
+    assert (rank, other_rank, share, other_share) == (3, 2, 1.0, 0.25)
+    assert abs(len(one) - len(two)) <= 1
+    texts = [{(*lesson.question, *lesson.reply) for lesson in part} for part in (one, two)]
+    assert not texts[0] & texts[1]
+    assert memory.patch is not None and set(memory.patch.factors) == set(first) == set(second)
+    for path, (a, b) in memory.patch.factors.items():
+        mean = sum(torch.matmul(*reversed(found[path]))[0] for found in (first, second)) / 2
+        torch.testing.assert_close(b @ a, 1.5 * mean, atol=1e-5, rtol=1e-4)
 
 
 def test_distillation_stops_early_and_keeps_the_best(

@@ -26,14 +26,14 @@ from hyperlora.methods.regression import fit
 from hyperlora.methods.self_study import COPIES, Conversation, chat, study
 from hyperlora.methods.teaching import Lesson, differences, teach
 from hyperlora.patch import Patch, Provenance
-from hyperlora.structure import attention_outputs, decoder_layers, find_sites, is_transposed
+from hyperlora.structure import Site, attention_outputs, decoder_layers, find_sites, is_transposed
 
 
 class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 8
+    revision = 9
     seeded = True
     compresses = True
 
@@ -45,13 +45,13 @@ class Distillation(Method):
             conversations, reply_tokens: self-study of one document.
             ridge, question_weight, strength: of the regression that these projections start from (regression.py), and a
                 factor on what it gives, which ridge makes too weak; a ridge of None starts from zero. It is done twice,
-                with half of the rank each: once every layer makes up all of what is missing, once `share` of it. The
-                start is the mean of both, because what each gets wrong by chance differs.
+                with half of the rank and half of the conversations each: once every layer makes up all of what is
+                missing, once `share` of it. The start is the mean of both, because what each gets wrong by chance
+                differs.
             chats, chat_weight: conversations about anything else, which the regression is to leave as they are.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
                 layer's in units of the bare model's distance; the KL divergence has weight 1.
-            steps, batch: most optimizer steps (0: only the regression), and conversations to a step; the defaults make
-                one pass over the conversations.
+            steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
             check, patience: every `check` steps the held-out conversations (one in 16 of those that are no copies) are
                 scored; training stops after `patience` scores in a row that are not the best, and the best is kept.
@@ -60,7 +60,7 @@ class Distillation(Method):
         rank: int = Field(512, gt=1)
         layers: list[int] | None = None
         modules: list[str] | None = None
-        conversations: int = Field(160, ge=16)
+        conversations: int = Field(320, ge=16)
         reply_tokens: int = Field(32, gt=1)
         ridge: float | None = Field(0.04, gt=0)
         question_weight: float = Field(0.1, ge=0)
@@ -103,21 +103,33 @@ class Distillation(Method):
         rng.shuffle(answers)
         split = max(1, len(answers) // 16)
         unseen, trained = answers[:split], answers[split:] + copies
-        if settings.ridge and (attention or mlp):
-            chats = teach(base, self._chats, known, attention)
-            told, chats = (_behind(part, known, [site.layer for site in mlp]) for part in (trained, chats))
-            weights = {"question_weight": settings.question_weight, "other_weight": settings.chat_weight}
-            whole, partly = (
-                fit(base, told, attention, mlp, rank, settings.ridge, others=chats, share=share, **weights)
-                for rank, share in ((settings.rank - settings.rank // 2, 1.0), (settings.rank // 2, settings.share))
-            )
-            for path, (a, b) in whole.items():
-                more_a, more_b = partly[path]
-                factors[path] = torch.cat([a, more_a], 1), torch.cat([b, more_b], 2) * (settings.strength / 2)
+        if attention or mlp:
+            factors |= self._start(trained, known, attention, mlp)
         unseen, trained = _behind(unseen, known, matched), _behind(trained, known, matched)
         kept = self._train(factors, trained, unseen, matched, rng)
         final = {path: (a[0], b[0]) for path, a, b in zip(factors, kept[::2], kept[1::2], strict=True)}
         return Patch(final, self._provenance(document, next(iter(final))))
+
+    def _start(
+        self, lessons: Sequence[Lesson], known: Sequence[int], attention: Sequence[Site], mlp: Sequence[Site]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (1, rank, d_in) and B (1, d_out, rank) of every site: `strength` times the mean of the two regressions."""
+        settings, base = self.settings, self.base
+        layers, half = [site.layer for site in mlp], settings.rank // 2
+        told = _behind(lessons, known, layers)
+        chats = _behind(teach(base, self._chats, known, attention), known, layers)
+
+        def fitted(part: Sequence[Lesson], rank: int, share: float) -> dict[str, tuple[Tensor, Tensor]]:
+            weights = {"question_weight": settings.question_weight, "other_weight": settings.chat_weight}
+            assert settings.ridge is not None
+            return fit(base, part, attention, mlp, rank, settings.ridge, others=chats, share=share, **weights)
+
+        whole, partly = fitted(told[::2], settings.rank - half, 1.0), fitted(told[1::2] or told, half, settings.share)
+        joined = {
+            path: (torch.cat([a, partly[path][0]], 1), torch.cat([b, partly[path][1]], 2))
+            for path, (a, b) in whole.items()
+        }
+        return {path: (a, b * (settings.strength / 2)) for path, (a, b) in joined.items()}
 
     def _train(
         self,
