@@ -125,11 +125,13 @@ class Distillation(Method):
             return fit(base, part, attention, mlp, rank, settings.ridge, others=chats, share=share, **weights)
 
         whole, partly = fitted(told[::2], settings.rank - half, 1.0), fitted(told[1::2] or told, half, settings.share)
-        joined = {
-            path: (torch.cat([a, partly[path][0]], 1), torch.cat([b, partly[path][1]], 2))
+        return {
+            path: (
+                torch.cat([a, partly[path][0]], dim=1),
+                torch.cat([b, partly[path][1]], dim=2) * (settings.strength / 2),
+            )
             for path, (a, b) in whole.items()
         }
-        return {path: (a, b * (settings.strength / 2)) for path, (a, b) in joined.items()}
 
     def _train(
         self,
