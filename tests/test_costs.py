@@ -43,8 +43,8 @@ def test_flops_of_a_distillation_step_follow_the_formula(base: BaseModel) -> Non
     factors = fresh_adapter(base, 4, find_sites(base.model, list(layers)), 0)
 
     def step() -> None:
-        kl, far = differences(base, lessons, [3], factors)
-        (kl + far.mean()).backward()
+        kl, surprise, far = differences(base, lessons, [3], factors)
+        (kl + surprise + far.mean()).backward()
 
     counted, config = flops(step), base.model.config
     replies = sum(len(lesson.reply) for lesson in lessons)

@@ -203,8 +203,10 @@ def test_a_chat_has_no_document_and_a_lesson_from_it_is_the_bare_model_s(base: B
     assert 4 <= len(held) <= 8 and len({c.question for c in held}) > 3 and held == again != other
     assert all(c.context == [] and 0 < len(c.reply) <= 5 for c in held)
     lessons = teach(base, held, [0, 3], attention_outputs(base.model, [1]))
-    kl, far = differences(base, lessons, [0, 3])
+    kl, surprise, far = differences(base, lessons, [0, 3])
     assert abs(float(kl)) < 1e-4 and float(far.max()) < 1e-6
+    likeliest = torch.cat([lesson.top_log_probs[:, 0] for lesson in lessons])
+    assert math.isclose(float(surprise), -float(likeliest.mean()), rel_tol=1e-4)
 
 
 def test_an_empty_document_cannot_be_studied(base: BaseModel) -> None:
@@ -231,7 +233,8 @@ def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> 
     """On questions that it was not trained on; another document's patch does not do it."""
     base = make_base()
     kind = METHODS["distillation"]
-    settings = kind.Settings(rank=8, conversations=24, reply_tokens=8, steps=80, check=20, learning_rate=1e-2)
+    training = {"steps": 80, "check": 20, "learning_rate": 1e-2, "hard_weight": 0}  # judged by the divergence
+    settings = kind.Settings(rank=8, conversations=24, reply_tokens=8, **training)
     held = [Document(str(number), text) for number, text in enumerate(documents[:2])]
     own, other = kind(base, settings).compile(held)
     fresh = [c for c in study(base, held[0], seed=7, conversations=15, reply_tokens=8) if c.manner not in COPIES]
@@ -247,7 +250,7 @@ def test_distillation_moves_the_student_to_the_teacher(documents: list[str]) -> 
     def distance(memory: Memory) -> torch.Tensor:
         factors = None if memory.patch is None else stack_patches([memory.patch], base.device)
         with torch.no_grad():
-            return differences(base, lessons, [1, 3], factors)[1]
+            return differences(base, lessons, [1, 3], factors)[2]
 
     teacher = Memory(text=tuple(document_ids(base.tokenizer, documents[0])))
     none, mine, swapped = divergence(Memory()), divergence(own), divergence(other)
@@ -314,6 +317,20 @@ def test_distillation_stops_early_and_keeps_the_best(
     assert len(kept) == 1 + 5 and memory.patch is not None
     assert torch.equal(next(iter(memory.patch.factors.values()))[1], kept[2][0])
     assert not torch.equal(kept[2], kept[5])
+
+
+def test_hard_targets_make_the_student_surer_of_the_replies(base: BaseModel, documents: list[str]) -> None:
+    kind, document = METHODS["distillation"], Document("a", documents[0])
+    lessons = teach(base, study(base, document, seed=0, conversations=16, reply_tokens=6), [3])
+    shared = {"rank": 8, "conversations": 16, "reply_tokens": 6, "steps": 40, "learning_rate": 1e-2, "ridge": None}
+    found = []
+    for weight in (0.0, 4.0):
+        (memory,) = kind(base, kind.Settings(hard_weight=weight, **shared)).compile([document])
+        assert memory.patch is not None
+        with torch.no_grad():
+            found.append(differences(base, lessons, [3], stack_patches([memory.patch], base.device))[:2])
+    (soft_kl, soft), (hard_kl, hard) = found
+    assert hard < soft and soft_kl < hard_kl
 
 
 def test_top_k_divergence_equals_the_full_one_when_all_tokens_are_kept() -> None:

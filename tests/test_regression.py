@@ -58,7 +58,7 @@ def test_the_fit_brings_the_student_to_the_teacher(any_base: BaseModel, layers: 
         assert a.shape == (1, 16, site.d_in) and b.shape == (1, site.d_out, 16)
     with torch.no_grad():
         for part, share in ((seen, 0.9), (unseen, 0.97)):
-            far, near = differences(any_base, part, numbers)[1], differences(any_base, part, numbers, factors)[1]
+            far, near = (differences(any_base, part, numbers, f)[2] for f in (None, factors))
             assert float((near / far).max()) < share
             taught = torch.cat([lesson.attention for lesson in part], dim=1)
             far, near = (
@@ -99,7 +99,7 @@ def test_a_layer_makes_up_its_share_of_what_is_missing(base: BaseModel, share: f
     factors = fit(base, lessons, [], sites, 32, 1e-6, share=share)
     first = {sites[0].path: factors[sites[0].path]}
     with torch.no_grad():
-        none, one, all_of_them = (differences(base, lessons, layers, f)[1] for f in (None, first, factors))
+        none, one, all_of_them = (differences(base, lessons, layers, f)[2] for f in (None, first, factors))
     torch.testing.assert_close((one / none)[0].sqrt(), torch.tensor(1 - share), atol=0.02, rtol=0.0)
     assert float((all_of_them / none)[-1]) < 0.01
 

@@ -2,9 +2,10 @@
 
 Askell et al. 2021 (arXiv 2112.00861) and Snell et al. 2022 (arXiv 2209.15189), in the strong form of Cartridges
 (Eyuboglu et al. 2025, arXiv 2506.06266): the training questions come from the model itself (self_study.py), the loss is
-the KL divergence to the teacher's likeliest tokens at every position of its replies and the distance from its hidden
-states (teaching.py), and training stops when held-out conversations get worse. It starts from the LoRA that brings the
-hidden states close in closed form (regression.py).
+the KL divergence to the teacher's likeliest tokens at every position of its replies, mixed with the likelihood of the
+likeliest one (soft and hard targets; Hinton et al. 2015, arXiv 1503.02531), and the distance from its hidden states
+(teaching.py), and training stops when held-out conversations get worse. It starts from the LoRA that brings the hidden
+states close in closed form (regression.py).
 """
 
 import random
@@ -33,7 +34,7 @@ class Distillation(Method):
     """A LoRA per document, fitted to the model's own answers about it and trained on them by gradient descent."""
 
     name = "distillation"
-    revision = 9
+    revision = 10
     seeded = True
     compresses = True
 
@@ -49,8 +50,10 @@ class Distillation(Method):
                 missing, once `share` of it. The start is the mean of both, because what each gets wrong by chance
                 differs.
             chats, chat_weight: conversations about anything else, which the regression is to leave as they are.
+            hard_weight: of the negative log-likelihood of the teacher's likeliest token; the KL divergence has weight
+                1. Answers are decoded greedily, and this makes the student surer of them than the teacher is.
             hidden_weight: of the squared distance from the teacher's hidden states behind `matched` of the layers, each
-                layer's in units of the bare model's distance; the KL divergence has weight 1.
+                layer's in units of the bare model's distance.
             steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
             check, patience: every `check` steps the held-out conversations (one in 16 of those that are no copies) are
@@ -68,6 +71,7 @@ class Distillation(Method):
         share: float = Field(0.5, gt=0, le=1)
         chats: int = Field(48, ge=0)
         chat_weight: float = Field(0.05, ge=0)
+        hard_weight: float = Field(0.25, ge=0)
         hidden_weight: float = Field(1.0, ge=0)
         matched: int = Field(5, gt=0)
         steps: int = Field(24, ge=0)
@@ -156,8 +160,8 @@ class Distillation(Method):
                 group["lr"] = settings.learning_rate * rate
             batch, queue = queue[: settings.batch], queue[settings.batch :]
             optimizer.zero_grad()
-            kl, distance = differences(base, batch, matched, factors)
-            (kl + settings.hidden_weight * (distance / far).mean()).backward()
+            kl, surprise, distance = differences(base, batch, matched, factors)
+            (kl + settings.hard_weight * surprise + settings.hidden_weight * (distance / far).mean()).backward()
             torch.nn.utils.clip_grad_norm_(tensors, 1.0)
             optimizer.step()
             if (step + 1) % settings.check == 0 or step + 1 == settings.steps:
@@ -171,13 +175,14 @@ class Distillation(Method):
 
     @torch.no_grad()
     def _score(self, factors: Factors | None, lessons: Sequence[Lesson], layers: Sequence[int]) -> tuple[float, Tensor]:
-        """`differences` over any number of lessons, the mean over batches weighted by their lessons."""
-        size = self.settings.batch
-        parts = [lessons[i : i + size] for i in range(0, len(lessons), size)]
-        found = [differences(self.base, part, layers, factors) for part in parts]
-        shares = [len(part) / len(lessons) for part in parts]
-        kl = sum(float(kl) * share for (kl, _), share in zip(found, shares, strict=True))
-        return kl, torch.stack([far * share for (_, far), share in zip(found, shares, strict=True)]).sum(0)
+        """The loss at the replies, and the distance from the hidden states, over any number of lessons: the mean over
+        batches weighted by their lessons."""
+        size, loss, distance = self.settings.batch, 0.0, torch.zeros(len(layers), device=self.base.device)
+        for part in (lessons[i : i + size] for i in range(0, len(lessons), size)):
+            kl, surprise, far = differences(self.base, part, layers, factors)
+            loss += float(kl + self.settings.hard_weight * surprise) * len(part) / len(lessons)
+            distance += far * len(part) / len(lessons)
+        return loss, distance
 
     def _provenance(self, document: Document, path: str) -> Provenance:
         tokens = len(self.base.tokenizer(document.text, add_special_tokens=False)["input_ids"])

@@ -23,7 +23,7 @@ from hyperlora.prompt import encode
 from hyperlora.session import Session
 from hyperlora.structure import Site, decoder_layers, residual_gain
 
-_PACKED = 16  # lessons to a row
+_PACKED = 8  # lessons to a row
 
 
 @torch.no_grad()
@@ -52,11 +52,13 @@ def fit(
         share: of what is missing, how much each layer makes up; the last eighth of the layers makes up all of it.
     """
     prefix = encode(base.tokenizer, base.prompt.prefix)
-    weight = [[question_weight] * (len(x.question) - 1) + [1.0] * len(x.reply) for x in lessons]
-    weight += [[other_weight] * (len(x.question) - 1 + len(x.reply)) for x in others]
-    lessons = [*lessons, *others]
-    rows = [lessons[first : first + _PACKED] for first in range(0, len(lessons), _PACKED)]
-    fields, real = _rows(base, prefix, rows)
+    weighed = [(x, [question_weight] * (len(x.question) - 1) + [1.0] * len(x.reply)) for x in lessons]
+    weighed += [(x, [other_weight] * (len(x.question) - 1 + len(x.reply))) for x in others]
+    weighed.sort(key=lambda pair: -len(pair[1]))
+    count = -(-len(weighed) // _PACKED)
+    rows = [weighed[number::count] for number in range(count)]  # of like length
+    lessons, weight = [x for row in rows for x, _ in row], [part for row in rows for _, part in row]
+    fields, real = _rows(base, prefix, [[x for x, _ in row] for row in rows])
     gains = _gains(base, sites, prefix + lessons[0].question)
     taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)  # (layers, tokens, d_model)
     attended = torch.cat([lesson.attention for lesson in lessons], dim=1)

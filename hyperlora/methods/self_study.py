@@ -52,16 +52,11 @@ Text: """
 # By manner: how the question about a sentence starts, for the model to go on from.
 SEEDS: dict[str, tuple[str, ...]] = {
     "question": (
-        "",
-        "What",
-        "Which",
-        "Who",
-        "How",
-        "When",
-        "Where",
-        "Why",
-        "How many",
-        "What is the name of",
+        *("", "What", "What is", "What was", "What did", "What does", "What are", "What can", "What year"),
+        *("What type of", "What kind of", "What is the name of", "What is another name for", "Which", "Which year"),
+        *("Who", "Who was", "Who did", "When", "When did", "When was", "Where", "Where did", "Where was", "Why"),
+        *("Why did", "How", "How many", "How much", "How long", "How did", "In what", "In which", "On what", "By what"),
+        *("To what", "Along with", "According to", "Besides", "The"),
     ),
     "structuring": ("List the", "Name the", "What are the"),
     "use case": ("Can you tell me", "I want to know", "Is it true that"),

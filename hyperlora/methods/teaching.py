@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hyperlora.base_model import BaseModel
 from hyperlora.inject import Factors
@@ -86,15 +87,17 @@ def _modules(base: BaseModel, sites: Sequence[Site]) -> nn.ModuleList:
 
 def differences(
     base: BaseModel, lessons: Sequence[Lesson], layers: Sequence[int], factors: Factors | None = None
-) -> tuple[Tensor, Tensor]:
-    """Of a student without the documents: KL(teacher || student) in nats per reply token, a scalar; and the squared
-    distance of its hidden states from the teacher's, the mean over tokens, (layers,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a student without the documents: KL(teacher || student) and the negative log-likelihood of the teacher's
+    likeliest token, both in nats per reply token, scalars; and the squared distance of its hidden states from the
+    teacher's, the mean over tokens, (layers,)."""
     prefix = encode(base.tokenizer, base.prompt.prefix)
     logits, hidden = read(prefix, [(lesson.question, lesson.reply) for lesson in lessons], base, layers, factors)
     ids = torch.cat([lesson.top_ids for lesson in lessons])
     log_probs = torch.cat([lesson.top_log_probs for lesson in lessons])
     taught = torch.cat([lesson.hidden for lesson in lessons], dim=1)
-    return top_k_kl(logits, ids, log_probs) / len(ids), (hidden - taught).square().sum(-1).mean(-1)
+    kl, surprise = top_k_kl(logits, ids, log_probs) / len(ids), cross_entropy(logits, ids[:, 0])
+    return kl, surprise, (hidden - taught).square().sum(-1).mean(-1)
 
 
 def read(
