@@ -88,7 +88,8 @@ def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Lo
     for task in recipe.mix:
         row = prompt_tokens + reply_tokens
         if isinstance(task, FactsTask):
-            loads.append(Load(_FACT_TOKENS * task.facts[1], task.questions, row, reply_tokens, task.weight))
+            tokens = _FACT_TOKENS * task.facts[1] + (task.tokens[1] if task.haystack else 0)
+            loads.append(Load(tokens, task.questions, row, reply_tokens, task.weight))
         elif isinstance(task, QATask):
             loads.append(Load(task.max_tokens, task.questions, row, reply_tokens, task.weight))
         else:

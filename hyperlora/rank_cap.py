@@ -5,13 +5,18 @@ from torch import Tensor
 
 from hyperlora.statistics import SecondMoment
 
+_MANY = 8  # outputs to a rank from which the subspace is found by so many steps of iteration
+_STEPS = 4
+
 
 def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None) -> tuple[Tensor, Tensor]:
     """Reduce B A to `rank`, minimising E |(B A - B' A') x|^2 over inputs with second moment C (plain Frobenius norm
     when `moment` is None).
 
-    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Gradients flow through
-    B A and treat the subspace U as a constant: the derivative of an SVD explodes where singular values meet.
+    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Where they are few of
+    many, U is found by iteration, and where singular values fall off, what is kept is the most that can be but for a
+    thousandth. Gradients flow through B A and treat the subspace U as a constant: the derivative of an SVD explodes
+    where singular values meet.
     Where no more than `rank` rows of A are not zero, they are kept as they are: nothing is lost, and the gradient does
     not depend on how many rows of padding a batch adds.
 
@@ -53,7 +58,8 @@ def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Te
     if rows >= d_out:
         product = b @ a
         root = product if moment is None else moment.factor(product)  # (..., d_out, d_in + directions)
-        return _eigh(root @ root.mT)[1].flip(-1)[..., :rank]
+        gram = root @ root.mT
+        return _eigh(gram)[1].flip(-1)[..., :rank] if d_out < _MANY * rank else _iterated(gram, rank)
     root = a if moment is None else moment.factor(a)  # (..., rows, d_in + directions)
     # b root has the left singular vectors of b L, where L L^T = root root^T. Squaring halves the digits: use double.
     b, root = b.double(), root.double()
@@ -65,6 +71,16 @@ def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Te
     # Directions in which there is nothing to keep have no left singular vector; they stay zero.
     kept = values > 1e-12 * values[..., :1]
     return torch.where(kept, product @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
+
+
+def _iterated(gram: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of `gram` (..., n, n), nearly: by subspace iteration (Halko et al. 2011, arXiv
+    0909.4061), since all n of them would cost far more."""
+    start = torch.randn(gram.shape[-1], rank + rank // 2, generator=torch.Generator().manual_seed(0))
+    found = start.to(gram).expand(*gram.shape[:-2], -1, -1)
+    for _ in range(_STEPS):
+        found = torch.linalg.qr(gram @ found).Q
+    return found @ _eigh(found.mT @ gram @ found)[1].flip(-1)[..., :rank]
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:

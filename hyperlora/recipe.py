@@ -37,11 +37,14 @@ class _Task(_Strict):
 
 
 class FactsTask(_Task):
-    """Invented facts; `facts` is the least and largest number in a document, `questions` how many are asked."""
+    """Invented facts; `facts` is the least and largest number in a document, `questions` how many are asked. With
+    sources of a `haystack` the facts stand between the sentences of a piece of text, of least and most `tokens`."""
 
     task: Literal["facts"]
     facts: Range = (2, 2)
     questions: Positive = 2
+    haystack: list[str] = []
+    tokens: Range = (48, 160)
 
 
 class QATask(_Task):
@@ -97,11 +100,13 @@ class Calibration(_Strict):
 
 
 class Evaluation(_Strict):
-    """Items that are scored during training with the patch, another document's patch and none."""
+    """Items that are scored during training with the patch, another document's patch and none; `new_attributes`: facts
+    of kinds that are never trained on."""
 
     every: Positive = 50
     items: Positive = 32
     facts: list[Positive] = []
+    new_attributes: bool = False
     qa: list[str] = []
     max_tokens: Positive = 200
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from hyperlora import training
 from hyperlora.recipe import Recipe
@@ -56,6 +57,21 @@ def test_train_passes_device_and_dtype_to_the_base(
     assert code == 3 and "did you mean 'float32'" in one_line(err)
     code, _, err = run("train", recipe_file, "-o", tmp_path / "x", "--device", "gpu")
     assert code == 3 and "unknown device 'gpu'" in one_line(err) and not (tmp_path / "x").exists()
+
+
+def test_train_goes_on_from_a_generator(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+    assert run("train", recipe_file, "-o", tmp_path / "one")[0] == 0
+    plain = yaml.safe_load(recipe_file.read_text())
+    del plain["generator"]
+    recipe_file.write_text(yaml.safe_dump(plain))
+    first = tmp_path / "one" / "generator"
+    code, _, err = run("train", recipe_file, "-o", tmp_path / "two", "--start-from", first, "--seed", 5)
+    assert code == 0, err
+    before, after = (load_file(tmp_path / n / "generator" / "model.safetensors") for n in ("one", "two"))
+    name = "hypernet.mix.weight"
+    assert 0 < (after[name] - before[name]).abs().mean() < 0.2 * before[name].abs().mean()  # not drawn with seed 5
+    code, _, err = run("train", recipe_file, "-o", tmp_path / "three", "--start-from", tmp_path / "nothing")
+    assert code == 3 and "no generator at" in one_line(err) and not (tmp_path / "three").exists()
 
 
 QA = json.dumps({"context": TEXT, "qas": [{"question": "Who?", "answers": ["Maro"]}]}).encode()

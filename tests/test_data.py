@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora.data.facts import ATTRIBUTES, NEW_ATTRIBUTES, fact_document, values
+from hyperlora.data.facts import ATTRIBUTES, NEW_ATTRIBUTES, fact_document
 from hyperlora.data.items import Item
 from hyperlora.data.mix import Mix
 from hyperlora.data.overlap import overlapping
@@ -17,8 +17,9 @@ from .conftest import make_tokenizer
 
 
 def test_facts_are_disjoint_between_splits_and_rich_enough() -> None:
-    for attribute in (*ATTRIBUTES, *NEW_ATTRIBUTES):
-        train, test = set(values(attribute, "train")), set(values(attribute, "test"))
+    assert len(ATTRIBUTES) >= 150 and not ATTRIBUTES.keys() & NEW_ATTRIBUTES.keys()
+    for halves in (*ATTRIBUTES.values(), *NEW_ATTRIBUTES.values()):
+        train, test = set(halves["train"]), set(halves["test"])
         assert not train & test and min(len(train), len(test)) >= 200
     documents = {split: [fact_document(str(i), 8, split) for i in range(200)] for split in ("train", "test")}  # type: ignore[arg-type]
     names = {s: {w for d in ds for w in d.text.split() if w.endswith("'s")} for s, ds in documents.items()}
@@ -101,6 +102,19 @@ def test_mix_keeps_its_weights() -> None:
     for _ in range(400):
         mix.draw()
     assert 0.7 < mix.state[0] / 400 < 0.8
+
+
+def test_facts_stand_between_the_sentences_of_a_haystack(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "One two three four. Five six seven eight. Nine ten. " * 20}))
+    task = FactsTask(task="facts", facts=(1, 1), haystack=[str(path)], tokens=(20, 40))
+    mix = Mix([task], 0, make_tokenizer())
+    items = [mix.draw()[0] for _ in range(20)]
+    for item in items:
+        before, value, after = item.text.partition(item.questions[0].accepted[1])
+        assert value and len(before.split() + after.split()) > 10
+    assert len({item.text.index(item.questions[0].accepted[1]) // 20 for item in items}) > 2
+    assert [item.text for item in mix.documents()] == [load(str(path))[0].text]
 
 
 def test_overlap_finds_repeated_documents_only() -> None:

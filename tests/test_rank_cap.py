@@ -18,6 +18,19 @@ def test_cap_is_the_best_approximation_for_typical_inputs() -> None:
         torch.testing.assert_close((small_b @ small_a).double() @ root, best, rtol=1e-3, atol=1e-3 * float(s[0]))
 
 
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_a_small_rank_of_many_outputs_keeps_nearly_the_most(decay: float) -> None:
+    torch.manual_seed(2)
+    a, b = torch.randn(2, 150, 200), torch.randn(2, 128, 150) * torch.arange(1, 129)[:, None] ** -decay
+    small_a, small_b = cap_rank(a, b, 8)
+    exact = torch.linalg.svdvals((b @ a).double()).square()
+    kept = (small_b @ small_a).double().square().sum((-1, -2)) / exact[:, :8].sum(-1)
+    left = ((b @ a).double() - (small_b @ small_a).double()).square().sum((-1, -2)) / exact.sum(-1)
+    assert bool((kept <= 1 + 1e-5).all()) and bool((kept > (0.999 if decay else 0.9)).all())
+    torch.testing.assert_close(left, 1 - kept * exact[:, :8].sum(-1) / exact.sum(-1), rtol=1e-3, atol=1e-5)
+    assert torch.equal(small_a, cap_rank(a, b, 8)[0])
+
+
 def test_cap_without_a_metric_is_the_truncated_svd() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(2, 9, 24), torch.randn(2, 16, 9)

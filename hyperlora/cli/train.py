@@ -15,6 +15,9 @@ def train(
     base: options.Base = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Replaces the recipe's number of steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Go on from the weights of this generator: a directory or a hub id.")
+    ] = None,
     as_json: options.Json = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -38,7 +41,7 @@ def train(
     from hyperlora.training import start
 
     check(trackers)
-    checked = read_recipe(recipe, base=base, steps=steps, seed=seed)
+    checked = read_recipe(recipe, base=base, steps=steps, seed=seed, start_from=start_from)
     settings = None
     if deepspeed is None:
         ranks.join()

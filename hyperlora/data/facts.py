@@ -17,13 +17,25 @@ _WORDS = yaml.safe_load((files("hyperlora.data") / "facts.yaml").read_text(encod
 _SYLLABLES = _WORDS["syllables"].split()
 
 
-def _pairs(table: dict[str, str]) -> list[str]:
+def _halves(name: str, table: dict[str, str]) -> dict[Split, list[str]]:
+    """Every pair of words, a fixed random half of them for each split."""
     words = product(str(table["first"]).split(), str(table["second"]).split())
-    return sorted({table.get("joint", " ").join(pair) for pair in words})
+    pairs = sorted({table.get("joint", " ").join(pair) for pair in words})
+    random.Random(name).shuffle(pairs)
+    return {"train": pairs[::2], "test": pairs[1::2]}
 
 
-ATTRIBUTES = {name: _pairs(table) for name, table in _WORDS["train"].items()}
-NEW_ATTRIBUTES = {name: _pairs(table) for name, table in _WORDS["new"].items()}
+def _attributes(tables: dict[str, dict[str, str]]) -> dict[str, dict[Split, list[str]]]:
+    found: dict[str, dict[Split, list[str]]] = {}
+    for name, table in tables.items():
+        halves = _halves(name, table)
+        found |= {attribute: halves for attribute in (name, *filter(None, table.get("also", "").split(", ")))}
+    return found
+
+
+# The values of every attribute in each split, at least 200.
+ATTRIBUTES = _attributes(_WORDS["train"])
+NEW_ATTRIBUTES = _attributes(_WORDS["new"])
 _STATEMENTS = {
     "train": (
         "{name}'s {attribute} is {value}.",
@@ -75,13 +87,6 @@ _QUESTIONS = {
 }
 
 
-def values(attribute: str, split: Split) -> list[str]:
-    """The values of an attribute in a split: a fixed random half of its table, at least 200."""
-    table = list(ATTRIBUTES.get(attribute) or NEW_ATTRIBUTES[attribute])
-    random.Random(attribute).shuffle(table)
-    return table[::2] if split == "train" else table[1::2]
-
-
 def _name(rng: random.Random, split: Split) -> str:
     while True:
         name = "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 3)))).capitalize()
@@ -92,16 +97,16 @@ def _name(rng: random.Random, split: Split) -> str:
 def fact_document(seed: str, count: int, split: Split, new_attributes: bool = False) -> Item:
     """A document of `count` invented facts, every one of them asked; the same for the same `seed`."""
     rng = random.Random(f"facts/{split}/{seed}/{count}/{new_attributes}")
-    attributes = list(NEW_ATTRIBUTES if new_attributes else ATTRIBUTES)
+    attributes = NEW_ATTRIBUTES if new_attributes else ATTRIBUTES
     people = [_name(rng, split) for _ in range(max(2, count // 2))]
     keys: list[tuple[str, str]] = []
     while len(keys) < count:
-        key = (rng.choice(people), rng.choice(attributes))
+        key = (rng.choice(people), rng.choice(list(attributes)))
         if key not in keys:
             keys.append(key)
     sentences, questions = [], []
     for name, attribute in keys:
-        fact = {"name": name, "attribute": attribute, "value": rng.choice(values(attribute, split))}
+        fact = {"name": name, "attribute": attribute, "value": rng.choice(attributes[attribute][split])}
         sentences.append(rng.choice(_STATEMENTS[split]).format(**fact))
         reply = "{name}'s {attribute} is {value}.".format(**fact)
         asked = rng.choice(_QUESTIONS[split]).format(**fact)

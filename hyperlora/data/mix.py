@@ -1,6 +1,8 @@
 """Weighted mixtures of item streams that reshuffle by document at every epoch and resume exactly."""
 
 import random
+import re
+from dataclasses import replace
 from typing import Any, Protocol
 
 from hyperlora.data.facts import fact_document
@@ -8,6 +10,8 @@ from hyperlora.data.items import Item, Question
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
 from hyperlora.recipe import FactsTask, QATask, TextTask
+
+_SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
 
 class Stream(Protocol):
@@ -17,14 +21,21 @@ class Stream(Protocol):
 
 
 class FactStream:
-    """Invented facts, `task.facts` (a range) to a document."""
+    """Invented facts, `task.facts` (a range) to a document, alone or between the sentences of a haystack."""
 
-    def __init__(self, task: FactsTask, seed: int):
-        self.task, self.seed = task, seed
+    def __init__(self, task: FactsTask, seed: int, tokenizer: Any):
+        self.task, self.seed, self.tokenizer = task, seed, tokenizer
+        texts = [item for name in task.haystack for item in load(name)]
+        self.haystack = DocumentStream(texts, seed, "haystack") if task.haystack else None
 
     def item(self, number: int) -> Item:
         rng = random.Random(f"{self.seed}/facts/{number}")
         item = fact_document(f"{self.seed}-{number}", rng.randint(*self.task.facts), "train")
+        if self.haystack:
+            around, _ = self.haystack.draw(number)
+            piece, _ = window(self.tokenizer, around.text, rng, rng.randint(*self.task.tokens), 0)
+            place = rng.choice([0, *(match.end() for match in _SENTENCE_END.finditer(piece)), len(piece)])
+            item = replace(item, text=f"{piece[:place]} {item.text} {piece[place:]}".strip())
         return _ask(item, rng, self.task.questions)
 
 
@@ -91,7 +102,7 @@ def _ask(item: Item, rng: random.Random, count: int) -> Item:
     questions: tuple[Question, ...] = item.questions
     if len(questions) > count:
         questions = tuple(rng.sample(questions, count))
-    return Item(item.id, item.text, questions)
+    return replace(item, questions=questions)
 
 
 class Mix:
@@ -102,7 +113,7 @@ class Mix:
         for index, task in enumerate(tasks):
             own = seed * 1000 + index
             if isinstance(task, FactsTask):
-                self.streams.append(FactStream(task, own))
+                self.streams.append(FactStream(task, own, tokenizer))
             elif isinstance(task, QATask):
                 self.streams.append(QAStream(task, own, tokenizer))
             else:
@@ -123,4 +134,5 @@ class Mix:
 
     def documents(self) -> list[Item]:
         """Every fixed document that can be drawn (invented ones are endless and left out)."""
-        return [item for stream in self.streams if isinstance(stream, DocumentStream) for item in stream.items]
+        streams = [stream.haystack if isinstance(stream, FactStream) else stream for stream in self.streams]
+        return [item for stream in streams if isinstance(stream, DocumentStream) for item in stream.items]

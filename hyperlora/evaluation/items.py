@@ -27,7 +27,7 @@ def qa_items(source: str, base: BaseModel, max_tokens: int, count: int | None = 
 
 def evaluation_sets(setting: Evaluation, base: BaseModel) -> dict[str, list[Item]]:
     """The sets that a recipe asks for, by name."""
-    sets = {f"facts-{n}": fact_items(n, max(2, setting.items // n)) for n in setting.facts}
+    sets = {f"facts-{n}": fact_items(n, max(2, setting.items // n), setting.new_attributes) for n in setting.facts}
     sets |= {name: qa_items(name, base, setting.max_tokens, setting.items) for name in setting.qa}
     for name, items in sets.items():
         if len(items) < 2:
