@@ -38,13 +38,15 @@ class _Task(_Strict):
 
 class FactsTask(_Task):
     """Invented facts; `facts` is the least and largest number in a document, `questions` how many are asked. With
-    sources of a `haystack` the facts stand between the sentences of a piece of text, of least and most `tokens`."""
+    sources of a `haystack` the facts stand between the sentences of a piece of text, of least and most `tokens`; with
+    sources of `words` half of the facts are of kinds and values that are words from there."""
 
     task: Literal["facts"]
     facts: Range = (2, 2)
     questions: Positive = 2
     haystack: list[str] = []
     tokens: Range = (48, 160)
+    words: list[str] = []
 
 
 class QATask(_Task):

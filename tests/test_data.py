@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora.data.facts import ATTRIBUTES, NEW_ATTRIBUTES, fact_document
+from hyperlora.data.facts import ATTRIBUTES, NEW_ATTRIBUTES, RESERVED, fact_document
 from hyperlora.data.items import Item
 from hyperlora.data.mix import Mix
+from hyperlora.data.open_words import OpenWords
 from hyperlora.data.overlap import overlapping
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
@@ -36,6 +37,21 @@ def test_every_fact_is_asked_and_stands_in_the_document() -> None:
     for question in item.questions:
         reply, value = question.accepted
         assert value in item.text and value in reply and value not in question.text
+
+
+def test_half_of_the_facts_take_their_words_from_text() -> None:
+    text = "of Harbour masters, who never sleep, keep seven hobby lanterns burning in Striped Ferret lane"
+    words = OpenWords([Item("a", "of it is"), Item("b", text)], RESERVED | {"striped ferret"})
+    items = [fact_document(str(i), 4, "train", words=words) for i in range(40)]
+    assert items[0] == fact_document("0", 4, "train", words=words)
+    facts = [question.reply.rstrip(".").split("'s ", 1)[1].split(" is ") for item in items for question in item.questions]
+    assert 0.35 < sum(kind in ATTRIBUTES for kind, _ in facts) / len(facts) < 0.65
+    taken = {fact for fact in map(tuple, facts) if fact[0] not in ATTRIBUTES}
+    assert len(taken) > 20 and all(kind == kind.lower() and kind in text.lower() for kind, _ in taken)
+    assert all(value in text and "hobby" not in value and value != "Striped Ferret" for _, value in taken)
+    assert not {word for fact in taken for phrase in fact for word in phrase.split()} & {"of", "who", "sleep,", "lane."}
+    with pytest.raises(InputError, match="hold none"):
+        OpenWords([Item("a", "of it is")], RESERVED)
 
 
 def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import yaml
 
 from hyperlora.data.items import Item, Question
+from hyperlora.data.open_words import OpenWords
 
 Split = Literal["train", "test"]
 
@@ -36,55 +37,14 @@ def _attributes(tables: dict[str, dict[str, str]]) -> dict[str, dict[Split, list
 # The values of every attribute in each split, at least 200.
 ATTRIBUTES = _attributes(_WORDS["train"])
 NEW_ATTRIBUTES = _attributes(_WORDS["new"])
-_STATEMENTS = {
-    "train": (
-        "{name}'s {attribute} is {value}.",
-        "The {attribute} of {name} is {value}.",
-        "For {name}, the {attribute} is {value}.",
-        "{name} says that the {attribute} is {value}.",
-        "About {name}: {attribute} is {value}.",
-        "{name} has {value} as {attribute}.",
-        "{name}, {attribute}: {value}.",
-        "{name} ({attribute}: {value}) is on the list.",
-        "Our notes list {value} as the {attribute} of {name}.",
-        "{value} is {name}'s {attribute}.",
-        "{value}, that is the {attribute} of {name}.",
-        "When asked for the {attribute}, {name} answered {value}.",
-        "{name} wrote down {value} under {attribute}.",
-        "As {attribute}, {name} has {value}.",
-        "The {attribute} that belongs to {name} was recorded as {value}.",
-        "Everybody calls {value} the {attribute} of {name}.",
-        "We looked up {name} and found the {attribute} to be {value}.",
-        "{name} named {value} as the {attribute}.",
-        "Since last year {name}'s {attribute} has been {value}.",
-        "According to the letter, the {attribute} of {name} remains {value}.",
-        "{name} entered the {attribute} as {value}.",
-        "Concerning the {attribute} of {name}, the answer is {value}.",
-        "It was {value} that {name} chose as {attribute}.",
-    ),
-    "test": (
-        "It is known that {name}'s {attribute} is {value}.",
-        "In the case of {name}, the {attribute} is {value}.",
-        "The register gives {name}'s {attribute} as {value}.",
-    ),
-}
-_QUESTIONS = {
-    "train": (
-        "What is {name}'s {attribute}?",
-        "What is the {attribute} of {name}?",
-        "Tell me {name}'s {attribute}.",
-        "Can you give the {attribute} of {name}?",
-        "Which {attribute} does {name} have?",
-        "{name}'s {attribute}?",
-        "I need the {attribute} of {name}.",
-        "Could you say what the {attribute} of {name} is?",
-    ),
-    "test": (
-        "Do you know {name}'s {attribute}?",
-        "Please name the {attribute} of {name}.",
-        "I would like to know what {name}'s {attribute} is.",
-    ),
-}
+# What no training may use: kinds that are new in tests, and the values of tests.
+RESERVED = frozenset(
+    {*NEW_ATTRIBUTES}
+    | {value.lower() for table in (ATTRIBUTES, NEW_ATTRIBUTES) for halves in table.values() for value in halves["test"]}
+)
+# Wordings by split; those of the test split are never trained on.
+_STATEMENTS: dict[str, list[str]] = _WORDS["statements"]
+_QUESTIONS: dict[str, list[str]] = _WORDS["questions"]
 
 
 def _name(rng: random.Random, split: Split) -> str:
@@ -94,19 +54,27 @@ def _name(rng: random.Random, split: Split) -> str:
             return name
 
 
-def fact_document(seed: str, count: int, split: Split, new_attributes: bool = False) -> Item:
-    """A document of `count` invented facts, every one of them asked; the same for the same `seed`."""
+def fact_document(
+    seed: str, count: int, split: Split, new_attributes: bool = False, words: OpenWords | None = None
+) -> Item:
+    """A document of `count` invented facts, every one of them asked; the same for the same `seed`. With `words` every
+    other fact, by chance, is of a kind and a value that are words from there."""
     rng = random.Random(f"facts/{split}/{seed}/{count}/{new_attributes}")
     attributes = NEW_ATTRIBUTES if new_attributes else ATTRIBUTES
     people = [_name(rng, split) for _ in range(max(2, count // 2))]
     keys: list[tuple[str, str]] = []
     while len(keys) < count:
-        key = (rng.choice(people), rng.choice(list(attributes)))
-        if key not in keys:
-            keys.append(key)
+        name = rng.choice(people)
+        attribute = words.kind(rng) if words and rng.random() < 0.5 else rng.choice(list(attributes))
+        if (name, attribute) not in keys:
+            keys.append((name, attribute))
     sentences, questions = [], []
     for name, attribute in keys:
-        fact = {"name": name, "attribute": attribute, "value": rng.choice(attributes[attribute][split])}
+        if words and attribute not in attributes:
+            value = words.value(rng)
+        else:
+            value = rng.choice(attributes[attribute][split])
+        fact = {"name": name, "attribute": attribute, "value": value}
         sentences.append(rng.choice(_STATEMENTS[split]).format(**fact))
         reply = "{name}'s {attribute} is {value}.".format(**fact)
         asked = rng.choice(_QUESTIONS[split]).format(**fact)

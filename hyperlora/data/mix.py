@@ -5,8 +5,9 @@ import re
 from dataclasses import replace
 from typing import Any, Protocol
 
-from hyperlora.data.facts import fact_document
+from hyperlora.data.facts import RESERVED, fact_document
 from hyperlora.data.items import Item, Question
+from hyperlora.data.open_words import OpenWords
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
 from hyperlora.recipe import FactsTask, QATask, TextTask
@@ -27,10 +28,12 @@ class FactStream:
         self.task, self.seed, self.tokenizer = task, seed, tokenizer
         texts = [item for name in task.haystack for item in load(name)]
         self.haystack = DocumentStream(texts, seed, "haystack") if task.haystack else None
+        sampled = [item for name in task.words for item in load(name)]
+        self.words = OpenWords(sampled, RESERVED) if task.words else None
 
     def item(self, number: int) -> Item:
         rng = random.Random(f"{self.seed}/facts/{number}")
-        item = fact_document(f"{self.seed}-{number}", rng.randint(*self.task.facts), "train")
+        item = fact_document(f"{self.seed}-{number}", rng.randint(*self.task.facts), "train", words=self.words)
         if self.haystack:
             around, _ = self.haystack.draw(number)
             piece, _ = window(self.tokenizer, around.text, rng, rng.randint(*self.task.tokens), 0)
