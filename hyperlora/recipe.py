@@ -67,6 +67,15 @@ class TextTask(_Task):
     following: Positive = 48
 
 
+class MadeTask(_Task):
+    """Questions made by rule from pieces of plain text (`tokens`: least and largest length)."""
+
+    task: Literal["made"]
+    sources: list[str]
+    tokens: Range = (48, 200)
+    questions: Positive = 2
+
+
 class Unrelated(_Strict):
     """Text the patch must leave alone: KL to the bare model on `tokens` tokens for a share of the documents."""
 
@@ -138,7 +147,7 @@ class Recipe(_Strict):
     generator: GeneratorConfig = GeneratorConfig()
     start_from: str | None = None
     calibration: Calibration
-    mix: list[Annotated[FactsTask | QATask | TextTask, Field(discriminator="task")]] = Field(min_length=1)
+    mix: list[Annotated[FactsTask | QATask | TextTask | MadeTask, Field(discriminator="task")]] = Field(min_length=1)
     unrelated: Unrelated | None = None
     teacher: Teacher = Teacher()
     evaluation: Evaluation = Evaluation()
@@ -185,6 +194,7 @@ def _keys(where: tuple[int | str, ...]) -> list[str]:
         "facts": FactsTask,
         "qa": QATask,
         "text": TextTask,
+        "made": MadeTask,
     }
     owner = next((tables[str(part)] for part in reversed(where[:-1]) if str(part) in tables), Recipe)
     return list(owner.model_fields)

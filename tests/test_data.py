@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 from itertools import combinations
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 
 from hyperlora.data.facts import ATTRIBUTES, NEW_ATTRIBUTES, RESERVED, fact_document
 from hyperlora.data.items import Item
+from hyperlora.data.made_questions import ask_about
 from hyperlora.data.mix import Mix
 from hyperlora.data.open_words import OpenWords
 from hyperlora.data.overlap import overlapping
+from hyperlora.data.rows import FEW_WORDS, asked_yes_or_no
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
-from hyperlora.recipe import FactsTask, QATask
+from hyperlora.recipe import FactsTask, MadeTask, QATask
 
 from .conftest import make_tokenizer
 
@@ -44,7 +47,9 @@ def test_half_of_the_facts_take_their_words_from_text() -> None:
     words = OpenWords([Item("a", "of it is"), Item("b", text)], RESERVED | {"striped ferret"})
     items = [fact_document(str(i), 4, "train", words=words) for i in range(40)]
     assert items[0] == fact_document("0", 4, "train", words=words)
-    facts = [question.reply.rstrip(".").split("'s ", 1)[1].split(" is ") for item in items for question in item.questions]
+    facts = [
+        question.reply.rstrip(".").split("'s ", 1)[1].split(" is ") for item in items for question in item.questions
+    ]
     assert 0.35 < sum(kind in ATTRIBUTES for kind, _ in facts) / len(facts) < 0.65
     taken = {fact for fact in map(tuple, facts) if fact[0] not in ATTRIBUTES}
     assert len(taken) > 20 and all(kind == kind.lower() and kind in text.lower() for kind, _ in taken)
@@ -131,6 +136,67 @@ def test_facts_stand_between_the_sentences_of_a_haystack(tmp_path: Path) -> None
         assert value and len(before.split() + after.split()) > 10
     assert len({item.text.index(item.questions[0].accepted[1]) // 20 for item in items}) > 2
     assert [item.text for item in mix.documents()] == [load(str(path))[0].text]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "asked", "answer"),
+    [
+        (
+            "Maria Bell opened the old mill behind the church.",
+            "Who or what opened the old mill behind the church?",
+            "Maria Bell",
+        ),
+        (
+            "The mill was sold in 1902, with all its grain.",
+            '"The mill was sold , with all its grain": in which year?',
+            "1902",
+        ),
+        (
+            "Mr. Bell and J. Cole never said who opened the mill in 1902.",
+            '"Mr. Bell and J. Cole never said who opened the mill": in which year?',
+            "1902",
+        ),
+        (
+            "The mill was moved slowly to a hill near New Brook.",
+            '"The mill was moved slowly to a hill": where?',
+            "New Brook",
+        ),
+        (
+            "There were 14 windows behind the old mill.",
+            'How many, or which number: "There were ... windows behind the old mill"?',
+            "14",
+        ),
+    ],
+)
+def test_rules_leave_the_answer_out_of_the_sentence(sentence: str, asked: str, answer: str) -> None:
+    made = {q.text: q.reply for seed in range(40) for q in ask_about(sentence, random.Random(seed), 3)}
+    assert made.pop(asked + FEW_WORDS) == answer
+    for question, left_out in made.items():  # the rest of them are gaps
+        quoted = question.removeprefix('Which words are missing? "').removesuffix('"' + FEW_WORDS)
+        assert quoted.replace("____", left_out) == sentence and 1 <= len(left_out.split()) <= 4
+
+
+def test_nobody_and_no_month_is_asked_for_and_short_sentences_are_not_asked_about() -> None:
+    text = "The mayor opened it slowly in May, behind the church. Too short. She opened the old mill near the church."
+    made = [q.text for seed in range(40) for q in ask_about(text, random.Random(seed), 5)]
+    assert made and all(question.startswith("Which words are missing?") for question in made)
+    assert max(len(ask_about(text, random.Random(seed), 5)) for seed in range(5)) == 2
+
+
+def test_made_questions_are_about_the_piece_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "Maria Bell opened the old mill behind the church in 1902. " * 20}))
+    mix = Mix([MadeTask(task="made", sources=[str(path)], tokens=(40, 60), questions=2)], 0, make_tokenizer())
+    items = [mix.draw()[0] for _ in range(10)]
+    assert all(1 <= len(item.questions) <= 2 for item in items)
+    assert all(question.reply in item.text for item in items for question in item.questions)
+    assert [item.text for item in mix.documents()] == [load(str(path))[0].text]
+
+
+def test_yes_or_no_questions_of_files_and_of_the_hub() -> None:
+    hub = {"passage": "The mill burned.", "question": "did the mill burn", "answer": True}
+    file = {"id": "x", "context": "The mill burned.", "qas": [{"question": "did the mill burn", "answers": ["yes"]}]}
+    assert asked_yes_or_no(hub, "x") == asked_yes_or_no(file, "y")
 
 
 def test_overlap_finds_repeated_documents_only() -> None:

@@ -70,10 +70,8 @@ def fact_document(
             keys.append((name, attribute))
     sentences, questions = [], []
     for name, attribute in keys:
-        if words and attribute not in attributes:
-            value = words.value(rng)
-        else:
-            value = rng.choice(attributes[attribute][split])
+        taken = words if attribute not in attributes else None
+        value = taken.value(rng) if taken else rng.choice(attributes[attribute][split])
         fact = {"name": name, "attribute": attribute, "value": value}
         sentences.append(rng.choice(_STATEMENTS[split]).format(**fact))
         reply = "{name}'s {attribute} is {value}.".format(**fact)

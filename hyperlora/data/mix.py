@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from hyperlora.data.facts import RESERVED, fact_document
 from hyperlora.data.items import Item, Question
+from hyperlora.data.made_questions import ask_about
 from hyperlora.data.open_words import OpenWords
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
-from hyperlora.recipe import FactsTask, QATask, TextTask
+from hyperlora.recipe import FactsTask, MadeTask, QATask, TextTask
 
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
@@ -92,6 +93,19 @@ class TextStream(DocumentStream):
         return Item(f"{item.id}@{number}", piece, following=following)
 
 
+class MadeStream(DocumentStream):
+    """Pieces of plain text with questions made from them."""
+
+    def __init__(self, task: MadeTask, seed: int, tokenizer: Any):
+        super().__init__([item for name in task.sources for item in load(name)], seed, "made")
+        self.task, self.tokenizer = task, tokenizer
+
+    def item(self, number: int) -> Item:
+        item, rng = self.draw(number)
+        piece, following = window(self.tokenizer, item.text, rng, rng.randint(*self.task.tokens), 0)
+        return Item(f"{item.id}@{number}", piece, ask_about(piece, rng, self.task.questions), following)
+
+
 def window(tokenizer: Any, text: str, rng: random.Random, length: int, following: int) -> tuple[str, str]:
     """A random window of about `length` tokens that starts at a word, and about `following` tokens after it."""
     words = text.split(" ")
@@ -111,7 +125,7 @@ def _ask(item: Item, rng: random.Random, count: int) -> Item:
 class Mix:
     """Draws items from weighted streams. `state` (items drawn per stream) is all that resuming needs."""
 
-    def __init__(self, tasks: list[FactsTask | QATask | TextTask], seed: int, tokenizer: Any):
+    def __init__(self, tasks: list[FactsTask | QATask | TextTask | MadeTask], seed: int, tokenizer: Any):
         self.streams: list[Stream] = []
         for index, task in enumerate(tasks):
             own = seed * 1000 + index
@@ -119,6 +133,8 @@ class Mix:
                 self.streams.append(FactStream(task, own, tokenizer))
             elif isinstance(task, QATask):
                 self.streams.append(QAStream(task, own, tokenizer))
+            elif isinstance(task, MadeTask):
+                self.streams.append(MadeStream(task, own, tokenizer))
             else:
                 self.streams.append(TextStream(task, own, tokenizer))
         self.tasks = tasks

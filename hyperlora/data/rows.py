@@ -33,6 +33,14 @@ def asked_of_context(row: dict[str, Any], name: str) -> Item | None:
     return _instructed(name, row["input"], row["instruction"], row["output"])
 
 
+def asked_yes_or_no(row: dict[str, Any], name: str) -> Item | None:
+    """A BoolQ row of the hub (`passage`, `question`, `answer`: true or false), or of a file like that of other sets."""
+    if "passage" not in row:
+        return item_of(row, name)
+    answer = "yes" if row["answer"] else "no"
+    return item_of({"context": row["passage"], "qas": [{"question": row["question"], "answers": [answer]}]}, name)
+
+
 def asked_of_prompt(row: dict[str, Any], name: str) -> Item | None:
     """An Alpaca row: its instruction is the document, its input the question. None without an input."""
     return _instructed(name, row["instruction"], row["input"], row["output"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperlora.data.items import Item
-from hyperlora.data.rows import asked_of_context, asked_of_prompt, item_of
+from hyperlora.data.rows import asked_of_context, asked_of_prompt, asked_yes_or_no, item_of
 from hyperlora.errors import InputError, nearest
 from hyperlora.reading import read_lines
 
@@ -33,6 +33,7 @@ SOURCES = {
     "squad_train": Source("squad_train_subset.jsonl.gz", "rajpurkar/squad", None, "train"),
     "squad_dev": Source("squad_dev_partial.jsonl.gz", "rajpurkar/squad", None, "validation"),
     "squadshifts_new_wiki": Source("squadshifts_new_wiki.jsonl.gz", "squadshifts", "new_wiki", "test"),
+    "boolq_train": Source("boolq_train.jsonl.gz", "google/boolq", None, "train", asked_yes_or_no),
     "wikitext2_train": Source("wikitext2_raw_train_first1M.txt.gz", *_WIKITEXT, "train"),
     "wikitext2_valid": Source("wikitext2_raw_valid.txt.gz", *_WIKITEXT, "validation"),
     "wikitext2_test": Source("wikitext2_raw_test.txt.gz", *_WIKITEXT, "test"),
