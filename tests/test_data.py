@@ -42,6 +42,14 @@ def test_every_fact_is_asked_and_stands_in_the_document() -> None:
         assert value in item.text and value in reply and value not in question.text
 
 
+def test_documents_to_train_on_share_kinds_among_their_facts() -> None:
+    documents = [fact_document(str(i), 8, "train") for i in range(200)]
+    kinds = [len({q.reply.split("'s ", 1)[1].split(" is ")[0] for q in d.questions}) for d in documents]
+    assert all(len({q.reply for q in d.questions}) == 8 for d in documents)
+    assert min(kinds) == 2 and max(kinds) > 5 and 40 < sum(kind < 4 for kind in kinds) < 120
+    assert len(fact_document("x", 400, "train").questions) == 400
+
+
 def test_half_of_the_facts_take_their_words_from_text() -> None:
     text = "of Harbour masters, who never sleep, keep seven hobby lanterns burning in Striped Ferret lane"
     words = OpenWords([Item("a", "of it is"), Item("b", text)], RESERVED | {"striped ferret"})

@@ -54,20 +54,35 @@ def _name(rng: random.Random, split: Split) -> str:
             return name
 
 
+def _kinds(rng: random.Random, number: int, words: OpenWords | None) -> list[str]:
+    """Different kinds to train on; with `words` about half of them are from there."""
+    kinds: list[str] = []
+    while len(kinds) < number:
+        kind = words.kind(rng) if words and rng.random() < 0.5 else rng.choice(list(ATTRIBUTES))
+        if kind not in kinds:
+            kinds.append(kind)
+    return kinds
+
+
 def fact_document(
     seed: str, count: int, split: Split, new_attributes: bool = False, words: OpenWords | None = None
 ) -> Item:
-    """A document of `count` invented facts, every one of them asked; the same for the same `seed`. With `words` every
-    other fact, by chance, is of a kind and a value that are words from there."""
+    """A document of `count` invented facts, every one of them asked; the same for the same `seed`.
+
+    Documents of the train split have few kinds or many, down to as many as there must be: where hardly two facts share
+    a kind, nothing has to be known of the names. With `words` about half of the kinds and their values are from there.
+    """
     rng = random.Random(f"facts/{split}/{seed}/{count}/{new_attributes}")
     attributes = NEW_ATTRIBUTES if new_attributes else ATTRIBUTES
-    people = [_name(rng, split) for _ in range(max(2, count // 2))]
+    people, kinds = [_name(rng, split) for _ in range(max(2, count // 2))], list(attributes)
+    if split == "train":
+        fewest, most = -(-count // len(set(people))), min(count, len(ATTRIBUTES))
+        kinds = _kinds(rng, rng.randint(fewest, most), words)
     keys: list[tuple[str, str]] = []
     while len(keys) < count:
-        name = rng.choice(people)
-        attribute = words.kind(rng) if words and rng.random() < 0.5 else rng.choice(list(attributes))
-        if (name, attribute) not in keys:
-            keys.append((name, attribute))
+        key = (rng.choice(people), rng.choice(kinds))
+        if key not in keys:
+            keys.append(key)
     sentences, questions = [], []
     for name, attribute in keys:
         taken = words if attribute not in attributes else None
