@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hyperlora.statistics import SecondMoment
 
-_MANY = 8  # outputs to a rank from which the subspace is found by so many steps of iteration
+_MANY = 4  # rows and outputs to a rank from which the subspace is found by so many steps of iteration
 _STEPS = 4
 
 
@@ -53,14 +53,14 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Tensor:
-    """Leading `rank` left singular vectors of b a C^(1/2), strongest first, from the smaller of its Gram matrices."""
+    """Leading `rank` left singular vectors of b a C^(1/2), strongest first."""
     rows, d_out = a.shape[-2], b.shape[-2]
-    if rows >= d_out:
-        product = b @ a
-        root = product if moment is None else moment.factor(product)  # (..., d_out, d_in + directions)
-        gram = root @ root.mT
-        return _eigh(gram)[1].flip(-1)[..., :rank] if d_out < _MANY * rank else _iterated(gram, rank)
     root = a if moment is None else moment.factor(a)  # (..., rows, d_in + directions)
+    if min(rows, d_out) >= _MANY * rank:
+        return _iterated(b, root, rank)
+    if rows >= d_out:
+        product = b @ root
+        return _eigh(product @ product.mT)[1].flip(-1)[..., :rank]
     # b root has the left singular vectors of b L, where L L^T = root root^T. Squaring halves the digits: use double.
     b, root = b.double(), root.double()
     gram = root @ root.mT
@@ -73,14 +73,15 @@ def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Te
     return torch.where(kept, product @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
 
 
-def _iterated(gram: Tensor, rank: int) -> Tensor:
-    """The leading eigenvectors of `gram` (..., n, n), nearly: by subspace iteration (Halko et al. 2011, arXiv
-    0909.4061), since all n of them would cost far more."""
-    start = torch.randn(gram.shape[-1], rank + rank // 2, generator=torch.Generator().manual_seed(0))
-    found = start.to(gram).expand(*gram.shape[:-2], -1, -1)
+def _iterated(b: Tensor, root: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors of b root, nearly: by subspace iteration (Halko et al. 2011, arXiv 0909.4061),
+    which never forms the product."""
+    start = torch.randn(b.shape[-2], rank + rank // 2, generator=torch.Generator().manual_seed(0))
+    found = start.to(b).expand(*b.shape[:-2], -1, -1)
     for _ in range(_STEPS):
-        found = torch.linalg.qr(gram @ found).Q
-    return found @ _eigh(found.mT @ gram @ found)[1].flip(-1)[..., :rank]
+        found = torch.linalg.qr(b @ (root @ (root.mT @ (b.mT @ found)))).Q
+    across = root.mT @ (b.mT @ found)
+    return found @ _eigh(across.mT @ across)[1].flip(-1)[..., :rank]
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:

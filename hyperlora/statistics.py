@@ -52,6 +52,10 @@ class SecondMoment(nn.Module):
         core = torch.diag(1 / self.weight) + self.basis.T @ scaled  # (directions, directions), symmetric
         return y - torch.linalg.solve(core, y @ self.basis, left=False) @ scaled.T
 
+    def spread(self) -> Tensor:
+        """The root mean square of every channel (d_in,): C's diagonal, to the power of a half."""
+        return (self.diagonal + self.basis.square() @ self.weight).sqrt()
+
     def factor(self, a: Tensor) -> Tensor:
         """F (..., rows, d_in + directions) with F F^T = a C a^T, for a (..., rows, d_in)."""
         return torch.cat([a * self.diagonal.sqrt(), (a @ self.basis) * self.weight.sqrt()], dim=-1)

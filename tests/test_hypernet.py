@@ -81,6 +81,21 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
         torch.testing.assert_close((with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_translation_of_the_keys_is_nothing_at_first(base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(base)
+    hypernet, reading = generator.hypernet, generator.encoder.open([generator.encoder.tokenize(documents[0])])
+    moved = hypernet(reading, generator.statistics)
+    for translation in hypernet.translate:
+        torch.nn.init.zeros_(translation.back.weight)
+    still = hypernet(reading, generator.statistics)
+    hypernet.translate = torch.nn.ModuleList()
+    for (a, b), (still_a, still_b), (moved_a, _) in zip(
+        hypernet(reading, generator.statistics), still, moved, strict=True
+    ):
+        torch.testing.assert_close((still_a, still_b), (a, b))
+        assert bool(((moved_a - a).abs().amax(-1) > 1e-3).all())  # of every slot, copies and pointers
+
+
 def test_latents_do_not_grow_with_the_document(base: BaseModel, documents: list[str]) -> None:
     """Nor does the number of ranks, and the activations of typical inputs start at order 1."""
     generator = make_generator(base, hypernet="perceiver")

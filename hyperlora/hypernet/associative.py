@@ -25,12 +25,13 @@ from hyperlora.statistics import SiteStatistics
 class Associative(Hypernet):
     """Copy slots and pointer slots over a small bidirectional transformer.
 
-    For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual size |h| and strength
-    g = reach * sigmoid(w z_t):
+    For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual size |h|, strength
+    g = reach * sigmoid(w z_t) and small networks d, d' of x_t and z_t:
 
-    - copy: keys from x_t, values g |h| (c * e(t+1) + W z_t): after t comes t+1.
-    - pointer: keys from W_k z_t, values g' |h| (c' * e(t) + W' z_t): a place predicted from the document, such as
-      the end of a question, selects t.
+    - copy: keys from x_t + d, values g |h| (c * e(t+1) + W z_t): after t comes t+1. d is how the input differs where
+      a reply says the same in other words, and without the document before it.
+    - pointer: keys from W_k z_t + d', values g' |h| (c' * e(t) + W' z_t): a place predicted from the document, such
+      as the end of a question, selects t.
 
     Args:
         shape: each site writes into the residual stream (d_out = `d_model`).
@@ -39,6 +40,7 @@ class Associative(Hypernet):
         pointers: pointer slots of one document, at its strongest tokens; 0 for none.
         reach: the largest strength of a slot; a copy slot starts at 1. Above 1, a word that the base finds unlikely can
             outweigh what the base would rather say.
+        translation: width of d and d'; 0 for none.
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
     """
 
@@ -56,6 +58,7 @@ class Associative(Hypernet):
         copy_scale: float = 0.25,
         pointer_scale: float = 0.035,
         reach: float = 4.0,
+        translation: int = 128,
         ridge: float = 0.3,
     ):
         super().__init__()
@@ -70,6 +73,9 @@ class Associative(Hypernet):
         self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
         self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
+        self.translate = nn.ModuleList(
+            _Translation(site.d_in, width, translation, 2 if pointers else 1) for site in sites if translation
+        )
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
 
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
@@ -78,7 +84,9 @@ class Associative(Hypernet):
         mask = features.mask[..., None]
         factors = []
         for index, (x, stat) in enumerate(zip(features.inputs, statistics, strict=True)):
-            ridge, x = self.log_ridge[index].exp(), x * mask
+            ridge = self.log_ridge[index].exp()
+            d = self.translate[index](x, z, stat.moment.spread()) if len(self.translate) else ()
+            x = sum(d[:1], x) * mask
             rows = [stat.moment.solve(x)]
             columns = [compete(x, rows[0], self.copy[index](z, features.following) * mask, ridge[0])]
             if len(self.aim):
@@ -86,7 +94,8 @@ class Associative(Hypernet):
                 assert isinstance(point, _Value)
                 tokens = strongest(point.strength(z), features.mask, self.pointers)
                 at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
-                x = self.aim[index](at) * kept
+                aims = (shift.take_along_dim(tokens, dim=1) for shift in d[1:])
+                x = sum(aims, self.aim[index](at)) * kept
                 toward = stat.moment.solve(x)
                 # Made as large as a typical input: x^T C^-1 x = d_in.
                 size = (x.shape[-1] / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
@@ -145,3 +154,18 @@ class _Value(nn.Module):
 
     def forward(self, z: Tensor, words: Tensor) -> Tensor:
         return self.strength(z) * (self.scale * words + self.step * self.learned(z))
+
+
+class _Translation(nn.Module):
+    """U gelu(V x + W z) for `outputs` matrices U, each (documents, tokens, d_in), in units of the input's `spread`
+    (d_in,); zero at first."""
+
+    def __init__(self, d_in: int, width: int, hidden: int, outputs: int):
+        super().__init__()
+        self.own, self.around = nn.Linear(d_in, hidden), nn.Linear(width, hidden, bias=False)
+        self.back = nn.Linear(hidden, outputs * d_in, bias=False)
+        nn.init.zeros_(self.back.weight)
+
+    def forward(self, x: Tensor, z: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
+        moved = self.back(F.gelu(self.own(x / spread) + self.around(z)))
+        return tuple(part * spread for part in moved.split(x.shape[-1], dim=-1))
