@@ -123,6 +123,8 @@ def test_evaluate_on_files(run: Run, recipe: Recipe, tmp_path: Path, tiny_dirs: 
     (tmp_path / "wiki.txt").write_text(f" = One = \n{TEXT} = Two = \n{TEXT[::-1]}")
     code, out, err = run(*arguments, "--forgetting", tmp_path / "wiki.txt", "--items", "2")
     assert code == 0 and set(json.loads(out)["scores"]) == {"bare", "patch", "patch - bare"}, err
+    code, out, err = run(*arguments, "--second-copy", tmp_path / "qa.jsonl", "--items", "2")
+    assert code == 0 and {"none", "full", "patch", "swapped"} <= set(json.loads(out)["scores"]), err
     code, _, err = run(*arguments, "--qa", tmp_path / "none.jsonl")
     assert code == 3 and "no data file" in one_line(err)
     code, _, err = run(*arguments, "--facts", "1", "--output", tmp_path / "no" / "result.json")

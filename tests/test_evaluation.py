@@ -1,4 +1,8 @@
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
@@ -6,9 +10,9 @@ from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.controls import answer
 from hyperlora.evaluation.items import fact_items
 from hyperlora.evaluation.metrics import contains, exact_match, f1
-from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, table
+from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, evaluate_second_copy, table
 from hyperlora.generator import Generator
-from hyperlora.inject import patched
+from hyperlora.inject import inject, patched
 
 from .conftest import TEXT, make_generator
 
@@ -66,3 +70,34 @@ def test_forgetting_measures_the_rise_in_loss(base: BaseModel, tmp_path: object)
         value.learned.weight.data.zero_()
     nothing = evaluate_forgetting(strong, path, 4, tokens=24)["scores"]["patch - bare"]["loss"]
     assert nothing[0] == pytest.approx(0.0, abs=1e-6) and abs(rise) > 1e-3
+
+
+def test_second_copy_scores_the_same_tokens_with_a_first_one_or_a_patch(base: BaseModel, tmp_path: Path) -> None:
+    texts = ["Maro bakes bread every day.", "Lina paints boats by the sea and sells them.", "One", TEXT * 3]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    generator = make_generator(base)
+    result = evaluate_second_copy(generator, str(path), 40)
+    assert result["documents"] == 2 and result["task"].endswith("up to 40 tokens")
+    ids = [generator.encoder.tokenize(text) for text in texts[:2]]
+    sink = generator.encoder.sink
+
+    def loss(before: list[int], own: list[int]) -> float:
+        scored = torch.tensor([sink + before + own])
+        logits = base.model(scored).logits[0, -len(own) : -1].detach()
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(own[1:])))
+
+    slow = {
+        "none": [loss([], own) for own in ids],
+        "full": [loss(own, own) for own in ids],
+        "patch": [],
+        "swapped": [],
+    }
+    for own, other in zip(ids, reversed(ids), strict=True):
+        for name, source in (("patch", own), ("swapped", other)):
+            with torch.no_grad(), inject(base.model, generator.factors([source])):
+                slow[name].append(loss([], own))
+    for name, values in slow.items():
+        assert result["scores"][name]["loss"][0] == pytest.approx(sum(values) / 2, abs=1e-4)
+    with pytest.raises(InputError, match="two are needed"):
+        evaluate_second_copy(generator, str(path), 12)

@@ -16,8 +16,11 @@ def evaluate(
     new_attributes: Annotated[bool, typer.Option(help="With --facts: attributes that no recipe trains on.")] = False,
     qa: Annotated[str | None, typer.Option(help="A SQuAD-style source or file, one question per document.")] = None,
     forgetting: Annotated[str | None, typer.Option(help="Text source on which the loss with a patch is taken.")] = None,
+    second_copy: Annotated[
+        str | None, typer.Option(help="Source whose documents are read with their own patch.")
+    ] = None,
     items: Annotated[int | None, typer.Option(min=2, help="Documents; default 500, or all of a source.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest document of --qa.")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest document of --qa and --second-copy.")] = 200,
     conditions: Annotated[str, typer.Option(help="Of none, full, patch, swapped.")] = "none,full,patch,swapped",
     generator: options.GeneratorName = None,
     base: options.Base = None,
@@ -27,15 +30,17 @@ def evaluate(
     dtype: options.Dtype = None,
 ) -> None:
     """Score a generator against full context, no context and another document's patch (95 % bootstrap intervals)."""
-    from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, table
+    from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, evaluate_second_copy, table
 
-    if sum(choice is not None for choice in (facts, qa, forgetting)) != 1:
-        raise InputError("choose one of --facts N, --qa SOURCE and --forgetting SOURCE")
+    if sum(choice is not None for choice in (facts, qa, forgetting, second_copy)) != 1:
+        raise InputError("choose one of --facts N, --qa SOURCE, --forgetting SOURCE and --second-copy SOURCE")
     if output is not None and not output.parent.is_dir():
         raise InputError(f"no directory {output.parent} for the result; make it first")
     loaded = loading.load(generator, base, loading.base_options(device, dtype, None, False))
     if forgetting is not None:
         result = evaluate_forgetting(loaded, forgetting, items or 32)
+    elif second_copy is not None:
+        result = evaluate_second_copy(loaded, second_copy, max_tokens, items)
     else:
         result = evaluate_answers(loaded, facts, new_attributes, qa, items, max_tokens, conditions.split(","))
     print(json.dumps(result) if as_json else table(result))

@@ -1,7 +1,8 @@
-"""What `hyperlora evaluate` measures: answers under controls, and forgetting on unrelated text."""
+"""What `hyperlora evaluate` measures: answers under controls, the document's own text, forgetting on unrelated text."""
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
+from hyperlora.compare.gain import recovered_gain
 from hyperlora.data.mix import window
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError, nearest
@@ -98,6 +100,46 @@ def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: i
         "task": f"unrelated text of {source}",
         "documents": count,
         "questions": count,
+        "generator": _origin(generator),
+        "scores": scores,
+    }
+
+
+def evaluate_second_copy(
+    generator: Generator, source: str, max_tokens: int, count: int | None = None
+) -> dict[str, Any]:
+    """Loss (nats per token) on documents of at most `max_tokens` tokens: without them (none), behind a first copy of
+    their text (full), with their own patch and with that of another document on; and which share of the drop from none
+    to full the patch gives. The first token of a document is not scored."""
+    base, sink = generator.base, generator.encoder.sink
+    texts = [generator.encoder.tokenize(item.text) for item in load(source) if len(item.text.split()) > 1]
+    texts = [ids for ids in texts if len(ids) <= max_tokens][:count]
+    if len(texts) < 2:
+        raise InputError(f"{source} has {len(texts)} document(s) of at most {max_tokens} tokens; two are needed")
+    losses: dict[str, list[float]] = {"none": [], "full": [], "patch": [], "swapped": []}
+    bounds = list(range(0, len(texts), _BATCH))
+    if len(bounds) > 1 and len(texts) - bounds[-1] == 1:  # a document alone has no other patch beside it
+        bounds.pop()
+    for start, end in tqdm(list(pairwise([*bounds, len(texts)])), unit="batch", desc="second copy"):
+        group = texts[start:end]
+        once = collate([Row(i, sink + ids, len(sink) + 1) for i, ids in enumerate(group)], base.device)
+        twice = collate([Row(i, sink + 2 * ids, len(sink + ids) + 1) for i, ids in enumerate(group)], base.device)
+        with torch.no_grad():
+            losses["none"] += _row_losses(base, once)
+            losses["full"] += _row_losses(base, twice)
+            factors = generator.factors(group)
+            for name, offset in (("patch", 0), ("swapped", 1)):
+                with inject(base.model, factors, (once.documents + offset) % len(group)):
+                    losses[name] += _row_losses(base, once)
+    scores = {name: {"loss": interval(values)} for name, values in losses.items()}
+    drops = {name: [a - b for a, b in zip(losses["none"], losses[name], strict=True)] for name in ("patch", "full")}
+    gain = recovered_gain(drops["patch"], drops["full"])
+    if not gain["weak"]:
+        scores["share of the drop"] = {"loss": (gain["gain"], gain["low"], gain["high"])}
+    return {
+        "task": f"second copy of {source}, up to {max_tokens} tokens",
+        "documents": len(texts),
+        "questions": len(texts),
         "generator": _origin(generator),
         "scores": scores,
     }
