@@ -88,7 +88,8 @@ def _swept(recipe: Recipe, base: BaseModel, rate: float, folder: Path, steps: in
 
 
 def held_out(item: Item) -> bool:
-    return zlib.crc32(item.id.encode()) % _HELD_OUT == 0
+    """Whether a document is kept from training, with all pieces that are cut from it (`id@number`)."""
+    return zlib.crc32(item.id.split("@")[0].encode()) % _HELD_OUT == 0
 
 
 def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: int | None = None) -> Adapter:

@@ -114,11 +114,23 @@ class Generator(nn.Module):
             transposed=is_transposed(self.base.model.get_submodule(self.sites[0].path)),
         )
 
-    def factors(self, documents: Sequence[list[int]], clock: Clock | None = None) -> dict[str, Factors]:
+    def calls(self, documents: Sequence[list[int]]) -> int:
+        """How often `factors` calls the hypernetwork: for each batch of short documents, or each chunk of long ones."""
+        split = [self.encoder.chunks(ids) for ids in documents]
+        if all(len(chunks) == 1 for chunks in split):
+            return sum(1 for _ in self.encoder.batches([chunks[0] for chunks in split]))
+        return sum(map(len, split))
+
+    def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Factors]:
         """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
 
         Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank). Memory does not grow with
         a document's length: chunks are folded one after the other into a patch of `WORKING_RANKS` times the rank.
+
+        Args:
+            clock: see `generate`.
+            calls: call the hypernetwork at least so often, to no effect. Processes that share out its weights must all
+                call it as often as the one that reads most.
         """
         start, encoded = self._now(), (clock or {}).get("encode", 0.0)
         encoder = self.encoder
@@ -129,6 +141,11 @@ class Generator(nn.Module):
         else:
             read = [self._folded(chunks, clock) for chunks in split]
         stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
+        path = self.sites[0].path
+        for _ in range(self.calls(documents), calls):
+            idle = self._slots([split[0][0][:2]], clock)
+            nothing = sum(0 * factor.sum() for pair in idle for factor in pair)
+            stacked[path] = (stacked[path][0] + nothing, stacked[path][1])
         if clock is not None:  # all that was not the encoder, the rank cap included
             rest = self._now() - start - (clock["encode"] - encoded)
             clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + rest

@@ -28,11 +28,12 @@ from hyperlora.generator import Generator
 from hyperlora.inject import inject
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
-from hyperlora.recipe import FactsTask, QATask, Recipe, TextTask
+from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
 from hyperlora.student import checkpoint_layers
 
 FLOAT = 4  # bytes of a number of the trained module, its gradient and each of Adam's moments
 _FACT_TOKENS = 14
+_QUOTED_TOKENS = 60  # of the sentence that a made question quotes
 _BUCKET = 500_000_000  # DeepSpeed's default for `reduce_bucket_size`, numbers
 _PREFETCH = 50_000_000  # and for `stage3_prefetch_bucket_size`
 
@@ -92,6 +93,8 @@ def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Lo
             loads.append(Load(tokens, task.questions, row, reply_tokens, task.weight))
         elif isinstance(task, QATask):
             loads.append(Load(task.max_tokens, task.questions, row, reply_tokens, task.weight))
+        elif isinstance(task, MadeTask):
+            loads.append(Load(task.tokens[1], task.questions, row + _QUOTED_TOKENS, reply_tokens, task.weight))
         else:
             assert isinstance(task, TextTask)
             loads.append(Load(task.tokens[1], 2, 64, max(60, task.following), task.weight))

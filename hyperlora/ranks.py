@@ -60,6 +60,15 @@ def any_of(flag: bool) -> bool:
     return total([float(flag)])[0] > 0
 
 
+def most(number: int) -> int:
+    """The largest of a number over all processes."""
+    if count() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def total(values: list[float]) -> list[float]:
     """The sums of numbers over all processes."""
     if count() == 1:

@@ -54,8 +54,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, generator: Generator, folder: Path, zero: dict[str, Any] | None = None):
         if recipe.micro_batches % ranks.count():
             raise InputError(
-                f"micro_batches is {recipe.micro_batches}, which {ranks.count()} processes cannot share out; make it a "
-                "multiple of their number"
+                f"micro_batches is {recipe.micro_batches}, which {ranks.count()} processes cannot share out; give a "
+                "multiple of their number with --micro-batches"
             )
         self.recipe, self.generator, self.folder = recipe, generator, folder
         self.base = generator.base
@@ -121,7 +121,8 @@ class Trainer:
         totals = {"loss": 0.0, "unrelated": 0.0} | ({"hidden": 0.0} if self.student.matched else {})
         mine = micro[ranks.own() :: ranks.count()]
         for number, (items, rows, unrelated) in enumerate(mine, 1):
-            factors = self.generator.factors([self.generator.encoder.tokenize(item.text) for item in items])
+            read = [self.generator.encoder.tokenize(item.text) for item in items]
+            factors = self.generator.factors(read, calls=ranks.most(self.generator.calls(read)))
             # Leaves in the place of A and B: each loss runs backward inside its own injection, which activation
             # checkpointing needs, and the graph behind the factors is walked once.
             leaves = leaves_of(factors)

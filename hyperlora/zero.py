@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,13 +38,18 @@ class ZeroEngine(Engine):
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, settings: dict[str, Any], resumed: Path | None = None):
         deepspeed = _import()
-        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        stage = settings["zero_optimization"]["stage"]
         self.layout = {"engine": "deepspeed", "stage": stage, "processes": ranks.count()}
         self.tag = _SHARDS if resumed is None else self._tag(resumed)
         if self.tag == _UNIVERSAL:
             settings = settings | {"checkpoint": {**settings.get("checkpoint", {}), "load_universal": True}}
         with redirect_stdout(sys.stderr):  # stdout is for results
-            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+            try:
+                self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise InputError(f"DeepSpeed refuses its settings: {where}: {first['msg']}; correct them") from error
         self.call, self.module, self.optimizer, self.stage = self.engine.__call__, module, optimizer, stage
         self.gather = deepspeed.zero.GatheredParameters
 
@@ -115,13 +121,18 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         ("scheduler", "the recipe's warmup and steps"),
         ("bf16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
         ("fp16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+        ("amp", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+        ("torch_autocast", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+        ("prescale_gradients", "nothing: losses are divided by the labels of all processes"),
+        ("gradient_predivide_factor", "nothing: losses are divided by the labels of all processes"),
     ):
         found = settings.get(key)
         if found and not (isinstance(found, dict) and found.get("enabled") is False):
             raise InputError(f"{path}: {key} contradicts the recipe; leave it out and use {instead}")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise InputError(f"{path}: zero_optimization.stage is {stage}; use 0, 1, 2 or 3")
+    chosen = settings.get("zero_optimization")
+    stage = chosen.get("stage") if isinstance(chosen, dict) else None
+    if stage not in (1, 2, 3):
+        raise InputError(f"{path}: zero_optimization needs a stage of 1, 2 or 3; without ZeRO leave out --deepspeed")
     # Ours is torch's AdamW, also where the state is offloaded to the CPU.
     return settings | decided | {"zero_force_ds_cpu_optimizer": False}
 

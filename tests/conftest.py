@@ -55,7 +55,7 @@ CONFIGS = {
 }
 _SMALL = {"width": 16, "depth": 1, "heads": 2}
 OPTIONS = {
-    "associative": {**_SMALL, "translation": 3},
+    "associative": {**_SMALL, "moves": 3},
     "perceiver": {**_SMALL, "latents": 3, "fixed_ranks": 2},
     "memory_tokens": {"rank": 3, "depth": 2, "heads": 2, "adapter_rank": 2},
 }
@@ -95,7 +95,7 @@ def make_generator(base: BaseModel, hypernet: str = "associative", **settings: o
     generator = Generator(base, GeneratorConfig(hypernet=hypernet, **settings), "tiny")
     generator.calibrate([TEXT, TEXT[::-1]])
     for name, weight in generator.hypernet.named_parameters():  # leave the zero initialisation
-        if name.endswith((".learned.weight", "gate.weight", ".back.weight", "adapter_b")):
+        if name.endswith((".learned.weight", "gate.weight", "to_copies.weight", "to_pointers.weight", "adapter_b")):
             torch.nn.init.normal_(weight, std=1.0 if "learned" in name else 0.1)
     return generator.eval()
 

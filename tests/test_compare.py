@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from hyperlora.base_model import BaseModel
+from hyperlora.base_model import DEFAULT_BASE, BaseModel
 from hyperlora.compare.experiment import read_experiment
-from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.run import Comparison
 from hyperlora.compare.teacher import teacher_replies
 from hyperlora.compare.units import units
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
+from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS
 from hyperlora.prompt import document_ids
@@ -69,8 +69,9 @@ def test_controls_are_added_where_they_are_missing(experiment: Path) -> None:
     experiment.write_text(both)
     assert read_experiment(experiment, "another/base").methods["few's bytes of text"].items == 2
     experiment.write_text(text.replace("base: tiny\n", ""))  # the default base has an adapted full context
-    read = read_experiment(experiment)
-    assert read.adapted == "adapted full" and read.methods["adapted full"].method == "adapted_full"
+    for named in (None, DEFAULT_BASE):
+        read = read_experiment(experiment, named)
+        assert read.adapted == "adapted full" and read.methods["adapted full"].method == "adapted_full"
 
 
 def test_a_slow_method_has_units_of_its_own(experiment: Path) -> None:
@@ -103,6 +104,21 @@ def test_bytes_to_match_come_from_what_is_finished(
     monkeypatch.setattr(kind, "compile", counted)
     compared(experiment, base, tmp_path / "out")
     assert sorted(compiled) == [f"doc-{number}" for number in range(5)]
+
+
+def test_text_for_forgetting_is_looked_at_before_anything_is_done(
+    experiment: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for source, message in (
+        ("wikitxt2_test", "unknown data source"),
+        (str(tmp_path / "empty.txt"), "no text|is empty"),
+    ):
+        read = read_experiment(experiment).model_copy(update={"unrelated": source})
+        with pytest.raises(InputError, match=message):
+            Comparison(read, base, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        Comparison(read.model_copy(update={"forgetting_documents": 0}), base, tmp_path / "without")
 
 
 def test_the_cached_document_is_found_whatever_its_label_is(experiment: Path, base: BaseModel, tmp_path: Path) -> None:

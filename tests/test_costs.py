@@ -100,6 +100,16 @@ def test_peak_memory_is_that_of_the_work(base: BaseModel) -> None:
     assert 35 < peaks[40] < 80 and peaks[0] < 20
 
 
+def test_costs_do_not_depend_on_what_was_made_before(base: BaseModel) -> None:
+    """A method's conversations about anything are made once, and for all documents."""
+    kind, item = METHODS["distillation"], Item("a", TEXT)
+    settings = kind.Settings(conversations=16, reply_tokens=4, chats=4, steps=0, rank=4)
+    fresh, used = kind(base, settings), kind(base, settings)
+    used.compile([Document("b", TEXT[::-1])])
+    counted = [measure_costs(method, None, [item], 2, Runtime(base))["compile_flops"] for method in (fresh, used)]
+    assert counted[0] == counted[1] > 0
+
+
 def test_break_even() -> None:
     assert break_even(100.0, 1.0, 0.0, 11.0) == pytest.approx(10.0)
     assert break_even(100.0, 1.0, 50.0, 11.0) == pytest.approx(5.0)

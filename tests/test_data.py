@@ -51,7 +51,7 @@ def test_documents_to_train_on_share_kinds_among_their_facts() -> None:
 
 
 def test_half_of_the_facts_take_their_words_from_text() -> None:
-    text = "of Harbour masters, who never sleep, keep seven hobby lanterns burning in Striped Ferret lane"
+    text = "of Harbour masters, who never sleep, keep seven hobby lanterns burning in Striped Ferret lanes"
     words = OpenWords([Item("a", "of it is"), Item("b", text)], RESERVED | {"striped ferret"})
     items = [fact_document(str(i), 4, "train", words=words) for i in range(40)]
     assert items[0] == fact_document("0", 4, "train", words=words)
@@ -61,10 +61,11 @@ def test_half_of_the_facts_take_their_words_from_text() -> None:
     assert 0.35 < sum(kind in ATTRIBUTES for kind, _ in facts) / len(facts) < 0.65
     taken = {fact for fact in map(tuple, facts) if fact[0] not in ATTRIBUTES}
     assert len(taken) > 20 and all(kind == kind.lower() and kind in text.lower() for kind, _ in taken)
-    assert all(value in text and "hobby" not in value and value != "Striped Ferret" for _, value in taken)
+    assert all(value in text and "hobby" not in value and "Striped Ferret" not in value for _, value in taken)
     assert not {word for fact in taken for phrase in fact for word in phrase.split()} & {"of", "who", "sleep,", "lane."}
-    with pytest.raises(InputError, match="hold none"):
-        OpenWords([Item("a", "of it is")], RESERVED)
+    for useless in ("of it is", "hobby, village of village"):
+        with pytest.raises(InputError, match="hold none"):
+            OpenWords([Item("a", useless)], RESERVED)
 
 
 def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_facts_stand_between_the_sentences_of_a_haystack(tmp_path: Path) -> None
         ),
         (
             "The mill was sold in 1902, with all its grain.",
-            '"The mill was sold , with all its grain": in which year?',
+            '"The mill was sold, with all its grain": in which year?',
             "1902",
         ),
         (
@@ -185,7 +186,10 @@ def test_rules_leave_the_answer_out_of_the_sentence(sentence: str, asked: str, a
 
 
 def test_nobody_and_no_month_is_asked_for_and_short_sentences_are_not_asked_about() -> None:
-    text = "The mayor opened it slowly in May, behind the church. Too short. She opened the old mill near the church."
+    text = (
+        "The mayor opened it slowly in May, behind the church. Too short. She opened the old mill near the church. "
+        "Who opened the old mill behind the church? When they opened it in Latin, 1 @,@ 500 people came"
+    )
     made = [q.text for seed in range(40) for q in ask_about(text, random.Random(seed), 5)]
     assert made and all(question.startswith("Which words are missing?") for question in made)
     assert max(len(ask_about(text, random.Random(seed), 5)) for seed in range(5)) == 2
@@ -194,7 +198,7 @@ def test_nobody_and_no_month_is_asked_for_and_short_sentences_are_not_asked_abou
 def test_made_questions_are_about_the_piece_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "Maria Bell opened the old mill behind the church in 1902. " * 20}))
-    mix = Mix([MadeTask(task="made", sources=[str(path)], tokens=(40, 60), questions=2)], 0, make_tokenizer())
+    mix = Mix([MadeTask(task="made", sources=[str(path)], tokens=(120, 160), questions=2)], 0, make_tokenizer())
     items = [mix.draw()[0] for _ in range(10)]
     assert all(1 <= len(item.questions) <= 2 for item in items)
     assert all(question.reply in item.text for item in items for question in item.questions)

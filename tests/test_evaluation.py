@@ -99,5 +99,9 @@ def test_second_copy_scores_the_same_tokens_with_a_first_one_or_a_patch(base: Ba
                 slow[name].append(loss([], own))
     for name, values in slow.items():
         assert result["scores"][name]["loss"][0] == pytest.approx(sum(values) / 2, abs=1e-4)
+    share = result["share"]
+    assert share["numerator"] == pytest.approx((sum(slow["none"]) - sum(slow["patch"])) / 2, abs=1e-4)
+    assert share["denominator"] == pytest.approx((sum(slow["none"]) - sum(slow["full"])) / 2, abs=1e-4)
+    assert "share of the drop" in table(result)
     with pytest.raises(InputError, match="two are needed"):
         evaluate_second_copy(generator, str(path), 12)

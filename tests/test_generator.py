@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str]) -> None
         best = torch.linalg.matrix_rank(whole[0]).item()
         assert best <= 32  # the width of the model: rank 64 is exact
         torch.testing.assert_close(b @ a, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_the_hypernetwork_can_be_called_more_often_to_no_effect(base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(base, chunk_tokens=16)
+    ids = [generator.encoder.tokenize(text) for text in documents[:2]]
+    wanted, calls = generator.calls(ids), []
+    assert wanted == sum(-(-len(own) // 16) for own in ids) > 2
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return generator.hypernet(*arguments)
+
+    generator.through = counted
+    plain = generator.factors(ids)
+    assert len(calls) == wanted
+    more = generator.factors(ids, calls=wanted + 2)
+    assert len(calls) == 2 * wanted + 2
+    for path, factors in plain.items():
+        torch.testing.assert_close(more[path], factors)
 
 
 def test_the_norm_of_folded_chunks_is_held(base: BaseModel, documents: list[str]) -> None:

@@ -7,8 +7,10 @@ import torch
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
-from hyperlora.hypernet import HYPERNETS, MemoryTokens, Perceiver, Reading, Shape
-from hyperlora.hypernet.associative import compete, strongest
+from hyperlora.generator import Generator
+from hyperlora.generator_config import GeneratorConfig
+from hyperlora.hypernet import HYPERNETS, Associative, MemoryTokens, Perceiver, Reading, Shape
+from hyperlora.hypernet.associative import _Move, compete, strongest
 from hyperlora.patch import Patch
 from hyperlora.structure import Site
 
@@ -81,19 +83,34 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
         torch.testing.assert_close((with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_translation_of_the_keys_is_nothing_at_first(base: BaseModel, documents: list[str]) -> None:
-    generator = make_generator(base)
-    hypernet, reading = generator.hypernet, generator.encoder.open([generator.encoder.tokenize(documents[0])])
-    moved = hypernet(reading, generator.statistics)
-    for translation in hypernet.translate:
-        torch.nn.init.zeros_(translation.back.weight)
-    still = hypernet(reading, generator.statistics)
-    hypernet.translate = torch.nn.ModuleList()
-    for (a, b), (still_a, still_b), (moved_a, _) in zip(
-        hypernet(reading, generator.statistics), still, moved, strict=True
-    ):
-        torch.testing.assert_close((still_a, still_b), (a, b))
-        assert bool(((moved_a - a).abs().amax(-1) > 1e-3).all())  # of every slot, copies and pointers
+def test_keys_are_those_of_the_inputs_until_they_are_moved(base: BaseModel, documents: list[str]) -> None:
+    settings = GeneratorConfig(layers=[1, 3], rank=6, moment_directions=4, options=OPTIONS["associative"])
+    generator = Generator(base, settings)
+    generator.calibrate([TEXT])
+    reading = generator.encoder.open([generator.encoder.tokenize(documents[0])])
+    hypernet, x = generator.hypernet, reading.features.inputs
+    assert isinstance(hypernet, Associative)
+    fresh = hypernet(reading, generator.statistics)
+    for stat, own, (a, _) in zip(generator.statistics, x, fresh, strict=True):
+        torch.testing.assert_close(a[:, : own.shape[1]], stat.moment.solve(own))  # type: ignore[operator, union-attr]
+    for name, weight in hypernet.named_parameters():
+        if name.endswith(("to_copies.weight", "to_pointers.weight")):
+            torch.nn.init.normal_(weight)
+    for own, (a, _), (moved, _) in zip(x, fresh, hypernet(reading, generator.statistics), strict=True):
+        assert moved.shape[1] > own.shape[1] and bool(((moved - a).abs().amax(-1) > 1e-3).all())
+
+
+def test_keys_move_in_units_of_their_channels() -> None:
+    """Channels that are larger everywhere, by whatever factor, are moved further by it, and nothing else changes."""
+    torch.manual_seed(0)
+    move, x, z, spread = _Move(5, 3, 8, True), torch.randn(1, 4, 8), torch.randn(1, 4, 5), torch.rand(8) + 0.5
+    torch.nn.init.normal_(move.to_copies.weight)
+    larger = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
+    hidden, same = move(x, z, spread), move(x * larger, z, spread * larger)
+    torch.testing.assert_close(same, hidden)
+    shift = move.to_copies(hidden, spread)
+    torch.testing.assert_close(shift, (hidden @ move.to_copies.weight.T) * spread)
+    torch.testing.assert_close(move.to_copies(same, spread * larger), shift * larger)
 
 
 def test_latents_do_not_grow_with_the_document(base: BaseModel, documents: list[str]) -> None:

@@ -12,7 +12,7 @@ from hyperlora import planning
 from hyperlora.flop_counter import flop_counter
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.live_bytes import LiveBytes
-from hyperlora.recipe import Recipe, Teacher, Unrelated
+from hyperlora.recipe import Recipe, Teacher, Unrelated, read_recipe
 from hyperlora.training import Trainer
 
 from .conftest import OPTIONS, Run, make_base, make_generator, one_line
@@ -33,6 +33,14 @@ def test_live_bytes_are_those_of_storages() -> None:
         assert live.now == 0
         (weight @ weight).exp().sum().backward()
         assert live.now == 400  # the gradient
+
+
+@pytest.mark.parametrize("path", sorted(Path("train").rglob("*.yaml")), ids=str)
+def test_every_recipe_here_can_be_planned(path: Path) -> None:
+    recipe = read_recipe(path)
+    loads = planning.read_loads(recipe, 64, 16)
+    assert [load.weight for load in loads] == [task.weight for task in recipe.mix]
+    assert all(load.document > 0 and load.row > load.labels for load in loads)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

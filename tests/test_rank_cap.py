@@ -19,9 +19,10 @@ def test_cap_is_the_best_approximation_for_typical_inputs() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
-def test_a_small_rank_of_many_outputs_keeps_nearly_the_most(decay: float) -> None:
+@pytest.mark.parametrize("rows", [60, 150])  # fewer and more than outputs
+def test_a_small_rank_of_many_outputs_keeps_nearly_the_most(decay: float, rows: int) -> None:
     torch.manual_seed(2)
-    a, b = torch.randn(2, 150, 200), torch.randn(2, 128, 150) * torch.arange(1, 129)[:, None] ** -decay
+    a, b = torch.randn(2, rows, 200), torch.randn(2, 128, rows) * torch.arange(1, 129)[:, None] ** -decay
     small_a, small_b = cap_rank(a, b, 8)
     exact = torch.linalg.svdvals((b @ a).double()).square()
     kept = (small_b @ small_a).double().square().sum((-1, -2)) / exact[:, :8].sum(-1)
@@ -29,6 +30,25 @@ def test_a_small_rank_of_many_outputs_keeps_nearly_the_most(decay: float) -> Non
     assert bool((kept <= 1 + 1e-5).all()) and bool((kept > (0.999 if decay else 0.9)).all())
     torch.testing.assert_close(left, 1 - kept * exact[:, :8].sum(-1) / exact.sum(-1), rtol=1e-3, atol=1e-5)
     assert torch.equal(small_a, cap_rank(a, b, 8)[0])
+
+
+def test_a_small_rank_keeps_nearly_the_most_for_typical_inputs_too() -> None:
+    moment = fitted()
+    torch.manual_seed(3)
+    a, b = torch.randn(40, 24), torch.randn(16, 40) * torch.arange(1, 17)[:, None] ** -1.0
+    small_a, small_b = cap_rank(a, b, 3, moment)
+    root = torch.linalg.cholesky(moment.dense().double())
+    exact = torch.linalg.svdvals((b @ a).double() @ root).square()
+    kept = ((small_b @ small_a).double() @ root).square().sum()
+    assert 0.999 * exact[:3].sum() < kept <= (1 + 1e-5) * exact[:3].sum()
+
+
+def test_padding_does_not_decide_how_a_rank_is_found() -> None:
+    torch.manual_seed(4)
+    a, b = torch.randn(1, 30, 200), torch.randn(1, 128, 30)
+    padded = torch.cat([a, torch.zeros(1, 40, 200)], 1), torch.cat([b, torch.zeros(1, 128, 40)], 2)
+    (own_a, own_b), (with_a, with_b) = cap_rank(a, b, 8), cap_rank(*padded, 8)
+    torch.testing.assert_close(own_b @ own_a, with_b @ with_a, rtol=1e-4, atol=1e-4)
 
 
 def test_cap_without_a_metric_is_the_truncated_svd() -> None:

@@ -32,6 +32,7 @@ def test_all_directions_give_back_the_moment_and_none_its_diagonal() -> None:
 def test_factor_squares_to_the_metric() -> None:
     moment, a = fitted(), torch.randn(4, 24)
     torch.testing.assert_close(moment.factor(a) @ moment.factor(a).T, a @ moment.dense() @ a.T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(moment.spread(), moment.dense().diagonal().sqrt())
 
 
 def test_calibration_measures_the_inputs_of_the_module() -> None:

@@ -81,6 +81,8 @@ def test_shares_and_stopped_runs_add_up(base: BaseModel, items: list[Item], tmp_
 def test_folders_of_something_else_are_refused(base: BaseModel, items: list[Item], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no teacher's replies; make them"):
         TeacherCorpus(tmp_path / "none", base)
+    with pytest.raises(InputError, match="has only"):
+        teach(base, items, tmp_path / "many", top_k=100000)
     with pytest.raises(InputError, match="no questions"):
         teach(base, [Item("a", "Text.")], tmp_path / "t")
     teach(base, items, tmp_path / "t", max_new_tokens=4)

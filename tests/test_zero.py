@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from hyperlora import zero
 from hyperlora.errors import InputError
 from hyperlora.hypernet import HYPERNETS
-from hyperlora.recipe import Recipe
+from hyperlora.recipe import Recipe, TextTask
 from hyperlora.training import start
 
 from .conftest import OPTIONS, losses
@@ -103,6 +103,26 @@ def test_sharded_weights_serve_every_architecture(recipe: Recipe, recipe_file: P
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+def test_processes_that_read_more_do_not_leave_the_others_behind(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    """Documents of different numbers of chunks, with weights that all processes must gather at the same time."""
+    recipe.generator = recipe.generator.model_copy(update={"chunk_tokens": 24})
+    for task in recipe.mix:
+        if isinstance(task, TextTask):
+            task.tokens = (4, 90)
+    recipe_file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    run = start(recipe, tmp_path / "one", "tiny")
+    calls: list[int] = []
+    counted = run.generator.calls
+    run.generator.calls = lambda documents: calls.append(counted(documents)) or calls[-1]  # type: ignore[method-assign, func-returns-value]
+    run.run()
+    steps = list(zip(calls[::2], calls[1::2], strict=True))
+    assert any(one != other for one, other in steps)
+    finished(launch(2, recipe_file, "-o", tmp_path / "two", "--deepspeed", CONFIGS / "zero3.json"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
 def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
     start(recipe, tmp_path / "one", "tiny").run()
     finished(launch(2, recipe_file, "-o", tmp_path / "two"))
@@ -126,7 +146,11 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
         ({"gradient_clipping": 9}, "gradient_clipping is 9, the recipe says 1.0"),
         ({"optimizer": {"type": "Adam"}}, "optimizer contradicts the recipe"),
         ({"bf16": {"enabled": True}}, "--dtype bfloat16"),
-        ({"zero_optimization": {"stage": 7}}, "use 0, 1, 2 or 3"),
+        ({"prescale_gradients": True}, "prescale_gradients contradicts the recipe"),
+        ({"zero_optimization": {"stage": 7}}, "a stage of 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, "leave out --deepspeed"),
+        ({"zero_optimization": True}, "a stage of 1, 2 or 3"),
+        ({"train_batch_size": 3}, "a stage of 1, 2 or 3"),
         ([], "needs a JSON object"),
     ):
         path.write_text(json.dumps(settings))
@@ -135,8 +159,16 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
     path.write_text("{")
     with pytest.raises(InputError, match="cannot read the DeepSpeed settings"):
         zero.read_settings(path, recipe)
-    path.write_text(json.dumps({"bf16": {"enabled": False}, "train_batch_size": 3}))
+    path.write_text(json.dumps({"bf16": {"enabled": False}, "train_batch_size": 3, "zero_optimization": {"stage": 1}}))
     assert zero.read_settings(path, recipe)["gradient_clipping"] == recipe.clip
+
+
+def test_what_deepspeed_refuses_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": "much"}}))
+    refused = launch(1, recipe_file, "-o", tmp_path / "run", "--deepspeed", path)
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode != 0 and "hyperlora: error: DeepSpeed refuses its settings: " in err, err[-3000:]
 
 
 def test_shipped_settings_are_valid(recipe: Recipe) -> None:

@@ -16,6 +16,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; default: CUDA when present.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 for the base model.")]
+MicroBatches = Annotated[
+    int | None, typer.Option(min=1, help="Replaces the recipe's micro_batches, which processes share out.")
+]
 LocalRank = Annotated[  # deepspeed says it twice; LOCAL_RANK is what counts
     int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
 ]

@@ -20,6 +20,7 @@ def plan(
         str | None, typer.Option("--base", help="As for `train`; only its config is read. Or a config.json.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Processes that share out the micro-batches.")] = 1,
+    micro_batches: options.MicroBatches = None,
     documents: Annotated[str, typer.Option(help="Documents per micro-batch to plan for.")] = "1,2,4,8,16",
     gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of a GPU; more is marked with *.")] = 80,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a question in the chat's format.")] = 64,
@@ -40,10 +41,11 @@ def plan(
     from hyperlora.errors import InputError
     from hyperlora.recipe import read_recipe
 
-    checked = read_recipe(recipe)
+    checked = read_recipe(recipe, micro_batches=micro_batches)
     if checked.micro_batches % gpus:
         raise InputError(
-            f"micro_batches is {checked.micro_batches}, which {gpus} GPUs cannot share out; make it a multiple"
+            f"micro_batches is {checked.micro_batches}, which {gpus} GPUs cannot share out; give a multiple with "
+            "--micro-batches"
         )
     try:
         counts = [int(part) for part in documents.split(",")]

@@ -15,6 +15,7 @@ def train(
     base: options.Base = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Replaces the recipe's number of steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")] = None,
+    micro_batches: options.MicroBatches = None,
     start_from: Annotated[
         str | None, typer.Option(help="Go on from the weights of this generator: a directory or a hub id.")
     ] = None,
@@ -41,7 +42,8 @@ def train(
     from hyperlora.training import start
 
     check(trackers)
-    checked = read_recipe(recipe, base=base, steps=steps, seed=seed, start_from=start_from)
+    changes = {"base": base, "steps": steps, "seed": seed, "micro_batches": micro_batches, "start_from": start_from}
+    checked = read_recipe(recipe, **changes)
     settings = None
     if deepspeed is None:
         ranks.join()

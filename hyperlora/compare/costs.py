@@ -27,6 +27,7 @@ def measure_costs(
         token_milliseconds (of the later tokens), peak_mib (memory above the loaded model while compiling).
     """
     rows: list[dict[str, float]] = []
+    method.prepare()  # else it would count or not, as earlier documents were made in this process or another
     for number, item in enumerate(items):
         document = [Document(item.id, item.text)]
         budget = None if budgets is None else budgets[number : number + 1]

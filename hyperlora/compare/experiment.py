@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hyperlora.base_model import DEFAULT_BASE
 from hyperlora.errors import InputError, nearest
 from hyperlora.methods import METHODS, Method
 from hyperlora.methods.adapted import AdaptedFull, shipped_adapter
@@ -99,7 +100,8 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
     """Read and check an experiment. In a method, keys other than those of `MethodSpec` are its settings.
 
     No method is judged without controls. Where they are missing, these are added: `full` and `none`; the truncated
-    document at the bytes of every method that makes it smaller; and, for the default base, the adapted full context.
+    document at the bytes of every method that makes it smaller (of the method's first row); and, for the default base,
+    the adapted full context.
 
     Args:
         base: replaces the experiment's.
@@ -154,7 +156,7 @@ def _add_controls(content: dict[str, Any]) -> None:
                 "items": spec.get("items"),
             }
     readers = [label for label, spec in methods.items() if spec["method"] == AdaptedFull.name]
-    if not readers and content["base"] is None and shipped_adapter().is_dir():
+    if not readers and content["base"] in (None, DEFAULT_BASE) and shipped_adapter().is_dir():
         readers = ["adapted full"]
         methods[readers[0]] = {"method": AdaptedFull.name}
     if readers:

@@ -15,11 +15,11 @@ from hyperlora.base_model import BaseModel
 from hyperlora.compare.costs import break_even
 from hyperlora.compare.curves import curves
 from hyperlora.compare.experiment import Experiment
-from hyperlora.compare.gain import recovered_gain
 from hyperlora.compare.replies import examples
 from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
+from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.evaluation.metrics import TEXT_METRICS, lower_is_better
 from hyperlora.methods.truncation import Truncation
 from hyperlora.tasks import Task

@@ -17,6 +17,7 @@ from hyperlora.compare.reply_scores import add_reply_scores
 from hyperlora.compare.results import collect
 from hyperlora.compare.units import Record, Unit, identity, item_keys, run_unit, units
 from hyperlora.data.items import Item
+from hyperlora.data.sources import SOURCES, load
 from hyperlora.errors import InputError
 from hyperlora.evaluation.replies import REPLIES
 from hyperlora.files import write_text
@@ -48,11 +49,18 @@ class Comparison:
                 found = len(self.items[label])
                 raise InputError(f"task {label} has {found} document(s); the swapped control needs at least two")
             _check_window(label, task, self.items[label], base)
+        self._check_unrelated()
         self.runtime = Runtime(base)
         self._methods: dict[tuple[str, int], Method] = {}
         self._bytes: dict[tuple[str, str, int], int] = {}  # by method, document and seed
         self._claim()
         self.cache = Cache(folder, "whole" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}")
+
+    def _check_unrelated(self) -> None:
+        """Raises InputError when there is no such text. A named set may be on the hub; it is read when it is needed."""
+        source = self.experiment.unrelated
+        if source and source not in SOURCES and self.experiment.forgetting_documents and not load(source):
+            raise InputError(f"unrelated: {source} has no text; name another source")
 
     def _claim(self) -> None:
         """Make the folder this experiment's. Raises InputError when it is another's."""

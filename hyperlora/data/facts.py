@@ -37,7 +37,7 @@ def _attributes(tables: dict[str, dict[str, str]]) -> dict[str, dict[Split, list
 # The values of every attribute in each split, at least 200.
 ATTRIBUTES = _attributes(_WORDS["train"])
 NEW_ATTRIBUTES = _attributes(_WORDS["new"])
-# What no training may use: kinds that are new in tests, and the values of tests.
+# What training facts may not take from text: kinds that are new in tests, and the values of tests.
 RESERVED = frozenset(
     {*NEW_ATTRIBUTES}
     | {value.lower() for table in (ATTRIBUTES, NEW_ATTRIBUTES) for halves in table.values() for value in halves["test"]}

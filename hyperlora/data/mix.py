@@ -94,16 +94,18 @@ class TextStream(DocumentStream):
 
 
 class MadeStream(DocumentStream):
-    """Pieces of plain text with questions made from them."""
+    """Pieces of plain text with questions made from them; a piece that nothing can be asked about has none. Questions
+    that the sources bring are left out."""
 
     def __init__(self, task: MadeTask, seed: int, tokenizer: Any):
-        super().__init__([item for name in task.sources for item in load(name)], seed, "made")
+        items = [replace(item, questions=()) for name in task.sources for item in load(name)]
+        super().__init__(items, seed, "made")
         self.task, self.tokenizer = task, tokenizer
 
     def item(self, number: int) -> Item:
         item, rng = self.draw(number)
-        piece, following = window(self.tokenizer, item.text, rng, rng.randint(*self.task.tokens), 0)
-        return Item(f"{item.id}@{number}", piece, ask_about(piece, rng, self.task.questions), following)
+        piece, _ = window(self.tokenizer, item.text, rng, rng.randint(*self.task.tokens), 0)
+        return Item(f"{item.id}@{number}", piece, ask_about(piece, rng, self.task.questions))
 
 
 def window(tokenizer: Any, text: str, rng: random.Random, length: int, following: int) -> tuple[str, str]:

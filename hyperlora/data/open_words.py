@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
+from itertools import combinations
 
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
@@ -15,12 +16,12 @@ class OpenWords:
     """Words of `items`, without words and phrases that are `reserved` (in lower case).
 
     Raises:
-        InputError: fewer than two words in a row anywhere.
+        InputError: no word of them can be used.
     """
 
     def __init__(self, items: Sequence[Item], reserved: frozenset[str]):
         self.reserved = reserved
-        self.texts = [words for words in (item.text.split() for item in items) if any(map(_usable, words))]
+        self.texts = [words for words in (item.text.split() for item in items) if any(map(self._usable, words))]
         if not self.texts:
             raise InputError("the texts that facts are to take words from hold none; give other sources")
 
@@ -39,13 +40,12 @@ class OpenWords:
             start = rng.randrange(len(words))
             span = []
             for word in words[start : start + count]:
-                if not _usable(word):
+                if not self._usable(word):
                     break
                 span.append(word)
-            found = " ".join(span)
-            if found and self.reserved.isdisjoint([found.lower(), *found.lower().split()]):
-                return found
+            parts = {" ".join(span[i:j]).lower() for i, j in combinations(range(len(span) + 1), 2)}
+            if span and self.reserved.isdisjoint(parts):
+                return " ".join(span)
 
-
-def _usable(word: str) -> bool:
-    return len(word) >= _SHORTEST and _WORD.fullmatch(word) is not None
+    def _usable(self, word: str) -> bool:
+        return len(word) >= _SHORTEST and _WORD.fullmatch(word) is not None and word.lower() not in self.reserved

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from hyperlora import ranks
 from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
@@ -118,7 +119,11 @@ def teach(
     """
     asked = [item for item in items if item.questions]
     if not asked:
-        raise InputError("the sources have no questions; give SQuAD-style ones")
+        raise InputError(
+            "the sources have no questions, or none on short documents; give others, or raise --max-tokens"
+        )
+    if top_k > (known := len(base.model.get_output_embeddings().weight)):
+        raise InputError(f"--top-k {top_k}: {base.name} has only {known} tokens")
     settings = {
         "base": base.name,
         "fingerprint": vars(base.fingerprint),
@@ -127,6 +132,9 @@ def teach(
         "phrased": phrased,
         "documents": sha256("\0".join(item.text for item in asked).encode()),
     }
+    if ranks.own() == 0:  # or one process would find the folder that another is just making
+        _claim(folder, settings)
+    ranks.wait()
     _claim(folder, settings)
     groups = [asked[start : start + _PART_DOCUMENTS] for start in range(0, len(asked), _PART_DOCUMENTS)]
     index, count = shard

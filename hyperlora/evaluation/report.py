@@ -1,6 +1,7 @@
 """What `hyperlora evaluate` measures: answers under controls, the document's own text, forgetting on unrelated text."""
 
 import random
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,12 +11,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
-from hyperlora.compare.gain import recovered_gain
 from hyperlora.data.mix import window
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError, nearest
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.controls import CONDITIONS, answer
+from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.evaluation.items import fact_items, qa_items
 from hyperlora.evaluation.metrics import METRICS
 from hyperlora.generator import Generator
@@ -108,11 +109,20 @@ def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: i
 def evaluate_second_copy(
     generator: Generator, source: str, max_tokens: int, count: int | None = None
 ) -> dict[str, Any]:
-    """Loss (nats per token) on documents of at most `max_tokens` tokens: without them (none), behind a first copy of
-    their text (full), with their own patch and with that of another document on; and which share of the drop from none
-    to full the patch gives. The first token of a document is not scored."""
+    """Loss (nats per token) on documents of at most `max_tokens` tokens, ordered by hash: without them (none), behind a
+    first copy of their text (full), with their own patch and with that of another document on. The first token of a
+    document is not scored.
+
+    Returns:
+        like the others, and `share`, of the drop from none to full that the patch gives, with its interval, see
+        `recovered_gain`.
+
+    Raises:
+        InputError: fewer than two such documents.
+    """
     base, sink = generator.base, generator.encoder.sink
-    texts = [generator.encoder.tokenize(item.text) for item in load(source) if len(item.text.split()) > 1]
+    items = sorted(load(source), key=lambda item: zlib.crc32(item.id.encode()))
+    texts = [generator.encoder.tokenize(item.text) for item in items if len(item.text.split()) > 1]
     texts = [ids for ids in texts if len(ids) <= max_tokens][:count]
     if len(texts) < 2:
         raise InputError(f"{source} has {len(texts)} document(s) of at most {max_tokens} tokens; two are needed")
@@ -133,15 +143,13 @@ def evaluate_second_copy(
                     losses[name] += _row_losses(base, once)
     scores = {name: {"loss": interval(values)} for name, values in losses.items()}
     drops = {name: [a - b for a, b in zip(losses["none"], losses[name], strict=True)] for name in ("patch", "full")}
-    gain = recovered_gain(drops["patch"], drops["full"])
-    if not gain["weak"]:
-        scores["share of the drop"] = {"loss": (gain["gain"], gain["low"], gain["high"])}
     return {
         "task": f"second copy of {source}, up to {max_tokens} tokens",
         "documents": len(texts),
         "questions": len(texts),
         "generator": _origin(generator),
         "scores": scores,
+        "share": recovered_gain(drops["patch"], drops["full"]),
     }
 
 
@@ -172,4 +180,9 @@ def table(result: dict[str, Any]) -> str:
     for condition, values in result["scores"].items():
         cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in values.values()]
         lines.append(f"| {condition} | {' | '.join(cells)} |")
+    if share := result.get("share"):
+        found = (
+            "too weak a drop to divide by" if share["weak"] else "{gain:.3f} [{low:.3f}, {high:.3f}]".format(**share)
+        )
+        lines.append(f"\nshare of the drop from none to full that the patch gives: {found}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ key.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,7 +27,7 @@ class Associative(Hypernet):
     """Copy slots and pointer slots over a small bidirectional transformer.
 
     For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual size |h|, strength
-    g = reach * sigmoid(w z_t) and small networks d, d' of x_t and z_t:
+    g = reach * sigmoid(w z_t) and shifts d, d' that a small network makes of x_t and z_t:
 
     - copy: keys from x_t + d, values g |h| (c * e(t+1) + W z_t): after t comes t+1. d is how the input differs where
       a reply says the same in other words, and without the document before it.
@@ -40,7 +41,7 @@ class Associative(Hypernet):
         pointers: pointer slots of one document, at its strongest tokens; 0 for none.
         reach: the largest strength of a slot; a copy slot starts at 1. Above 1, a word that the base finds unlikely can
             outweigh what the base would rather say.
-        translation: width of d and d'; 0 for none.
+        moves: width of the network behind d and d'; 0 for none.
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
     """
 
@@ -58,11 +59,11 @@ class Associative(Hypernet):
         copy_scale: float = 0.25,
         pointer_scale: float = 0.035,
         reach: float = 4.0,
-        translation: int = 128,
+        moves: int = 128,
         ridge: float = 0.3,
     ):
         super().__init__()
-        self.check(shape, width, heads)
+        self.check(shape, width, heads, moves=(moves, 0))
         if reach <= 1:
             raise self.refuse(f"reach ({reach}) must be greater than 1")
         sites, d_model = shape.sites, shape.d_model
@@ -73,9 +74,7 @@ class Associative(Hypernet):
         self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
         self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
-        self.translate = nn.ModuleList(
-            _Translation(site.d_in, width, translation, 2 if pointers else 1) for site in sites if translation
-        )
+        self.move = nn.ModuleList(_Move(width, moves, site.d_in, bool(pointers)) for site in sites if moves)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
 
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
@@ -84,9 +83,12 @@ class Associative(Hypernet):
         mask = features.mask[..., None]
         factors = []
         for index, (x, stat) in enumerate(zip(features.inputs, statistics, strict=True)):
-            ridge = self.log_ridge[index].exp()
-            d = self.translate[index](x, z, stat.moment.spread()) if len(self.translate) else ()
-            x = sum(d[:1], x) * mask
+            ridge, spread = self.log_ridge[index].exp(), stat.moment.spread()
+            move: Any = self.move[index] if len(self.move) else None
+            if move:
+                hidden = move(x, z, spread)
+                x = x + move.to_copies(hidden, spread)
+            x = x * mask
             rows = [stat.moment.solve(x)]
             columns = [compete(x, rows[0], self.copy[index](z, features.following) * mask, ridge[0])]
             if len(self.aim):
@@ -94,8 +96,10 @@ class Associative(Hypernet):
                 assert isinstance(point, _Value)
                 tokens = strongest(point.strength(z), features.mask, self.pointers)
                 at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
-                aims = (shift.take_along_dim(tokens, dim=1) for shift in d[1:])
-                x = sum(aims, self.aim[index](at)) * kept
+                x = self.aim[index](at)
+                if move:
+                    x = x + move.to_pointers(hidden.take_along_dim(tokens, dim=1), spread)
+                x = x * kept
                 toward = stat.moment.solve(x)
                 # Made as large as a typical input: x^T C^-1 x = d_in.
                 size = (x.shape[-1] / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
@@ -156,16 +160,28 @@ class _Value(nn.Module):
         return self.strength(z) * (self.scale * words + self.step * self.learned(z))
 
 
-class _Translation(nn.Module):
-    """U gelu(V x + W z) for `outputs` matrices U, each (documents, tokens, d_in), in units of the input's `spread`
-    (d_in,); zero at first."""
+class _Move(nn.Module):
+    """gelu(V x / spread + W z), from which `to_copies` and `to_pointers` make the shifts of the keys; `spread` (d_in,)
+    is the size of the input's channels."""
 
-    def __init__(self, d_in: int, width: int, hidden: int, outputs: int):
+    def __init__(self, width: int, hidden: int, d_in: int, pointers: bool):
         super().__init__()
         self.own, self.around = nn.Linear(d_in, hidden), nn.Linear(width, hidden, bias=False)
-        self.back = nn.Linear(hidden, outputs * d_in, bias=False)
-        nn.init.zeros_(self.back.weight)
+        self.to_copies = _Shift(hidden, d_in)
+        if pointers:
+            self.to_pointers = _Shift(hidden, d_in)
 
-    def forward(self, x: Tensor, z: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
-        moved = self.back(F.gelu(self.own(x / spread) + self.around(z)))
-        return tuple(part * spread for part in moved.split(x.shape[-1], dim=-1))
+    def forward(self, x: Tensor, z: Tensor, spread: Tensor) -> Tensor:
+        """(documents, tokens, hidden)."""
+        return F.gelu(self.own(x / spread) + self.around(z))
+
+
+class _Shift(nn.Module):
+    """U hidden * spread, (documents, tokens, d_in), zero at first."""
+
+    def __init__(self, hidden: int, d_in: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(d_in, hidden))
+
+    def forward(self, hidden: Tensor, spread: Tensor) -> Tensor:
+        return F.linear(hidden, spread[:, None] * self.weight)

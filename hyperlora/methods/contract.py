@@ -61,6 +61,9 @@ class Method(ABC):
             budgets: resident bytes at 16 bits that each memory may take, for methods that are `budgeted`.
         """
 
+    def prepare(self) -> None:  # noqa: B027 (most methods have nothing to make)
+        """Make what all documents share and `compile` would make at its first call; no cost of a document."""
+
     def identity(self) -> dict[str, Any]:
         """What besides name, settings, seed and base determines the memories, such as the hash of trained weights."""
         return {}

@@ -84,6 +84,10 @@ class Distillation(Method):
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
         return [Memory(patch=self._patch(document)) for document in documents]
 
+    def prepare(self) -> None:
+        if self.settings.ridge:
+            self._chats  # noqa: B018 (made once)
+
     @cached_property
     def _chats(self) -> list[Conversation]:
         return chat(self.base, self.seed, self.settings.chats) if self.settings.chats else []
