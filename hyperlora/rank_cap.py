@@ -14,7 +14,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     when `moment` is None).
 
     The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Where they are few of
-    many (in a batch, of the many of its shortest), U is found by iteration, and where singular values fall off, what is
+    many (padding counts), U is found by iteration, and where singular values fall off, what is
     kept is the most that can be but for a thousandth. Gradients flow through B A and treat the subspace U as constant:
     the derivative of an SVD explodes where singular values meet.
     Where no more than `rank` rows of A are not zero, they are kept as they are: nothing is lost, and the gradient does
@@ -32,7 +32,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
         return _balanced(a, b)
     filled = a.detach().abs().amax(-1) > 0  # (..., rows)
     with torch.no_grad():
-        u = _leading(a.float(), b.float(), rank, moment, int(filled.sum(-1).min()))  # (..., d_out, rank)
+        u = _leading(a.float(), b.float(), rank, moment)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     rank = u.shape[-1]  # less than was asked for where d_out is
@@ -52,12 +52,11 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * scale, b / scale.mT
 
 
-def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None, fewest: int) -> Tensor:
-    """Leading `rank` left singular vectors of b a C^(1/2), strongest first, of a batch in which every `a` has at least
-    `fewest` rows that are not zero."""
+def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Tensor:
+    """Leading `rank` left singular vectors of b a C^(1/2), strongest first."""
     rows, d_out = a.shape[-2], b.shape[-2]
     root = a if moment is None else moment.factor(a)  # (..., rows, d_in + directions)
-    if min(fewest, d_out) >= _MANY * rank:  # not the rows: padding in a batch shall not decide
+    if min(rows, d_out) >= _MANY * rank:
         return _iterated(b, root, rank)
     if rows >= d_out:
         product = b @ root
