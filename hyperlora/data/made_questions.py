@@ -68,9 +68,10 @@ def _gaps(sentence: str, rng: random.Random) -> Iterator[tuple[str, str]]:
     rng.shuffle(starts)
     for start in starts:
         left_out = words[start : start + size]
-        if all(map(_WORD.fullmatch, left_out)) and any(len(word) > 4 or not word.islower() for word in left_out):
-            told = " ".join([*words[:start], "____", *words[start + size :]])
-            yield f'Which words are missing? "{told}"', " ".join(left_out)
+        answer, told = " ".join(left_out), " ".join([*words[:start], "____", *words[start + size :]])
+        weighty = any(len(word) > 4 or not word.islower() for word in left_out)
+        if weighty and all(map(_WORD.fullmatch, left_out)) and answer.lower() not in told.lower():
+            yield f'Which words are missing? "{told}"', answer
             return
 
 

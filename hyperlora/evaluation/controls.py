@@ -1,6 +1,7 @@
 """A generator's answers beside their controls: another document's patch, no patch, the document in the prompt."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -11,6 +12,8 @@ from hyperlora.evaluation.metrics import METRICS
 from hyperlora.generator import Generator
 from hyperlora.inject import inject
 
+T = TypeVar("T")
+
 # Condition -> does the prompt hold the document, and whose patch is on (offset within the batch; None: no patch).
 CONDITIONS: dict[str, tuple[bool, int | None]] = {
     "patch": (False, 0),
@@ -18,6 +21,14 @@ CONDITIONS: dict[str, tuple[bool, int | None]] = {
     "none": (False, None),
     "full": (True, None),
 }
+
+
+def partnered(items: Sequence[T], size: int) -> list[list[T]]:
+    """Batches of `size`, and at the end of one more rather than a single item, which has no other beside it."""
+    batches = [list(items[i : i + size]) for i in range(0, len(items), size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
 
 
 def answer(
@@ -34,10 +45,7 @@ def answer(
     """
     base = generator.base
     replies: dict[str, list[str]] = {condition: [] for condition in conditions}
-    batches = [list(items[i : i + documents]) for i in range(0, len(items), documents)]
-    if len(batches) > 1 and len(batches[-1]) == 1:  # a document alone has no other patch beside it
-        batches[-2:] = [batches[-2] + batches[-1]]
-    for batch in tqdm(batches, unit="batch", desc=progress, disable=progress is None):
+    for batch in tqdm(partnered(items, documents), unit="batch", desc=progress, disable=progress is None):
         asked = [(index, question) for index, item in enumerate(batch) for question in item.questions]
         with torch.no_grad():
             factors = generator.factors([generator.encoder.tokenize(item.text) for item in batch])

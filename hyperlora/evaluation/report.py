@@ -3,7 +3,6 @@
 import random
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from hyperlora.data.mix import window
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError, nearest
 from hyperlora.evaluation.bootstrap import interval
-from hyperlora.evaluation.controls import CONDITIONS, answer
+from hyperlora.evaluation.controls import CONDITIONS, answer, partnered
 from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.evaluation.items import fact_items, qa_items
 from hyperlora.evaluation.metrics import METRICS
@@ -127,11 +126,7 @@ def evaluate_second_copy(
     if len(texts) < 2:
         raise InputError(f"{source} has {len(texts)} document(s) of at most {max_tokens} tokens; two are needed")
     losses: dict[str, list[float]] = {"none": [], "full": [], "patch": [], "swapped": []}
-    bounds = list(range(0, len(texts), _BATCH))
-    if len(bounds) > 1 and len(texts) - bounds[-1] == 1:  # a document alone has no other patch beside it
-        bounds.pop()
-    for start, end in tqdm(list(pairwise([*bounds, len(texts)])), unit="batch", desc="second copy"):
-        group = texts[start:end]
+    for group in tqdm(partnered(texts, _BATCH), unit="batch", desc="second copy"):
         once = collate([Row(i, sink + ids, len(sink) + 1) for i, ids in enumerate(group)], base.device)
         twice = collate([Row(i, sink + 2 * ids, len(sink + ids) + 1) for i, ids in enumerate(group)], base.device)
         with torch.no_grad():
