@@ -2,13 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hyperlora.base_model import DEFAULT_BASE, BaseModel
+from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound
 from hyperlora.compare.experiment import read_experiment
 from hyperlora.compare.run import Comparison
 from hyperlora.compare.teacher import teacher_replies
@@ -119,6 +120,24 @@ def test_text_for_forgetting_is_looked_at_before_anything_is_done(
             Comparison(read, base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         Comparison(read.model_copy(update={"forgetting_documents": 0}), base, tmp_path / "without")
+
+
+def test_what_the_report_needs_is_looked_for_before_anything_is_done(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = experiment.read_text()
+    experiment.write_text(text + f"readers: {{other: {tmp_path / 'nothing.gguf'}}}\n")
+    with pytest.raises(BaseNotFound, match="no such file"):
+        Comparison(read_experiment(experiment), base, tmp_path / "out")
+    experiment.write_text(text + "metrics: [bert_score]\n")
+    monkeypatch.setattr("hyperlora.evaluation.bert_score._PACKAGE", "not_installed")
+    with pytest.raises(InputError, match="needs an encoder"):
+        Comparison(read_experiment(experiment), base, tmp_path / "out")
+    experiment.write_text(text)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"hyperlora\[eval\]"):
+        Comparison(read_experiment(experiment), base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_cached_document_is_found_whatever_its_label_is(experiment: Path, base: BaseModel, tmp_path: Path) -> None:

@@ -135,6 +135,14 @@ def test_a_changed_document_is_done_again_and_the_rest_is_not(
     assert set(again.values()) == {4 + 2}  # full, none, patch, head, and two seeds of evicted
 
 
+def test_a_changed_text_for_forgetting_is_measured_again(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    before = {key for _, keys in compared(experiment, base, tmp_path / "out").keyed() for key in keys}
+    path = tmp_path / "unrelated.jsonl"
+    path.write_text(path.read_text().replace('"text": "', '"text": "Another '))
+    comparison = Comparison(read_experiment(experiment), base, tmp_path / "out")
+    assert not before & {key for _, keys in comparison.keyed() for key in keys}
+
+
 def test_foreign_folders_are_left_alone(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

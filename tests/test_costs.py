@@ -110,6 +110,20 @@ def test_costs_do_not_depend_on_what_was_made_before(base: BaseModel) -> None:
     assert counted[0] == counted[1] > 0
 
 
+def test_what_methods_share_is_made_once_and_counted_for_each(base: BaseModel) -> None:
+    kind, item = METHODS["distillation"], Item("a", TEXT)
+    settings = kind.Settings(conversations=16, reply_tokens=4, chats=4, steps=0, rank=4)
+    alone, one, other = (kind(base, settings) for _ in range(3))
+    one.common = other.common = {}
+    made = [flops(lambda m=method: m.compile([Document(item.id, item.text)])) for method in (alone, one, other)]
+    assert made[0] == made[1] > made[2]
+    counted = [measure_costs(method, None, [item], 2, Runtime(base))["compile_flops"] for method in (alone, other)]
+    assert counted[0] == counted[1] > 0
+    patches = [method.compile([Document(item.id, item.text)])[0].patch for method in (alone, other)]
+    for path, pair in patches[0].factors.items():
+        torch.testing.assert_close(pair, patches[1].factors[path])
+
+
 def test_break_even() -> None:
     assert break_even(100.0, 1.0, 0.0, 11.0) == pytest.approx(10.0)
     assert break_even(100.0, 1.0, 50.0, 11.0) == pytest.approx(5.0)

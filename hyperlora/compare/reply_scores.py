@@ -4,19 +4,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from hyperlora.base_model import BaseModel, load_base
+from hyperlora.base_model import BaseModel, load_base, locate
 from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
-from hyperlora.evaluation.bert_score import bert_score, load_encoder
+from hyperlora.evaluation.bert_score import bert_score, installed_encoder, load_encoder
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Runtime
 
 # From documents, and each document's replies, to a score for every reply.
 Scorer = Callable[[Sequence[Item], Sequence[Sequence[str]]], list[list[float]]]
+
+
+def check_reply_scores(experiment: Experiment) -> None:
+    """Raises InputError when a model that is needed after the last unit is not there."""
+    if "bert_score" in experiment.metrics:
+        installed_encoder()
+    for name in experiment.readers.values():
+        if name is not None:
+            locate(name)
 
 
 def add_reply_scores(
@@ -32,9 +42,11 @@ def add_reply_scores(
         makers["bert_score"] = (None, _bert)
     for label, name in experiment.readers.items():
         makers[f"reply_nll_{label}"] = (name, lambda name=name: _reader(base, name))  # type: ignore[misc]
+    bar = tqdm(total=len(makers) * len(found), unit="unit", desc="scores of replies", disable=not makers)
     for metric, (identity, make) in makers.items():
         scorer: Scorer | None = None  # loaded when something is missing
         for (unit, records), (_, keys) in zip(found, keyed, strict=True):
+            bar.update()
             for condition in CONDITIONS:
                 held = [n for n, record in enumerate(records) if "replies" in record.get(condition, {})]
                 own = {n: digest("reply score", metric, identity, keys[n], condition) for n in held}
@@ -45,6 +57,7 @@ def add_reply_scores(
                     cache.add({own[n]: score for n, score in zip(missing, scores, strict=True)})
                 for n in held:
                     records[n][condition] = records[n][condition] | {metric: cache[own[n]]}
+    bar.close()
     return found
 
 

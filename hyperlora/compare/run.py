@@ -1,7 +1,7 @@
 """`hyperlora compare`: do the units that are missing, measure costs, put the results together, write the report."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.costs import measure_costs
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.replies import replies
-from hyperlora.compare.reply_scores import add_reply_scores
+from hyperlora.compare.reply_scores import add_reply_scores, check_reply_scores
 from hyperlora.compare.results import collect
 from hyperlora.compare.units import Record, Unit, identity, item_keys, run_unit, units
 from hyperlora.data.items import Item
@@ -23,7 +23,7 @@ from hyperlora.evaluation.replies import REPLIES
 from hyperlora.files import write_text
 from hyperlora.methods import Document, Method
 from hyperlora.prompt import GAP, document_ids, encode
-from hyperlora.report import write_report
+from hyperlora.report import check_plots, write_report
 from hyperlora.runtime import Runtime
 from hyperlora.structure import text_config
 from hyperlora.tasks import Task
@@ -49,18 +49,28 @@ class Comparison:
                 found = len(self.items[label])
                 raise InputError(f"task {label} has {found} document(s); the swapped control needs at least two")
             _check_window(label, task, self.items[label], base)
-        self._check_unrelated()
+        self.unrelated = self._identify_unrelated()
+        if shard[0] == 1:  # the one that reports, where they run together
+            check_reply_scores(experiment)
+            check_plots()
         self.runtime = Runtime(base)
         self._methods: dict[tuple[str, int], Method] = {}
+        self._common: dict[Hashable, Any] = {}
         self._bytes: dict[tuple[str, str, int], int] = {}  # by method, document and seed
         self._claim()
         self.cache = Cache(folder, "whole" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}")
 
-    def _check_unrelated(self) -> None:
-        """Raises InputError when there is no such text. A named set may be on the hub; it is read when it is needed."""
+    def _identify_unrelated(self) -> str | None:
+        """The name of a set, which may be on the hub and is read when it is needed; the hash of another text.
+
+        Raises InputError when there is no such text.
+        """
         source = self.experiment.unrelated
-        if source and source not in SOURCES and self.experiment.forgetting_documents and not load(source):
+        if not source or source in SOURCES or not self.experiment.forgetting_documents:
+            return source
+        if not (texts := [item.text for item in load(source)]):
             raise InputError(f"unrelated: {source} has no text; name another source")
+        return digest(texts)
 
     def _claim(self) -> None:
         """Make the folder this experiment's. Raises InputError when it is another's."""
@@ -87,6 +97,7 @@ class Comparison:
         key = (label, seed if spec.type.seeded else 0)
         if key not in self._methods:
             self._methods[key] = spec.type(self.base, spec.type.Settings(**spec.settings), seed)
+            self._methods[key].common = self._common
         return self._methods[key]
 
     def _matched(self, label: str) -> Method | None:
@@ -97,7 +108,8 @@ class Comparison:
         """All units of the experiment with the keys of their documents."""
         for unit in units(self.experiment, self.items):
             method, matched = self.method(unit.method, unit.seed), self._matched(unit.method)
-            yield unit, item_keys(unit, self.tasks[unit.task], self.experiment, method, matched, self.base)
+            task = self.tasks[unit.task]
+            yield unit, item_keys(unit, task, self.experiment, method, matched, self.base, self.unrelated)
 
     def _budgets(self, label: str, items: Sequence[Item]) -> list[int] | None:
         """Resident bytes of the matched method, known from finished units or from its memories made again."""
@@ -151,7 +163,8 @@ class Comparison:
         for unit, keys in pairs:
             self._learn_bytes(unit, keys)
         finished = add_reply_scores(self.experiment, self.base, pairs, self.cache)
-        costs = {label: self._costs(label) for label in self.experiment.methods}
+        labels = tqdm(self.experiment.methods, unit="method", desc="costs")
+        costs = {label: self._costs(label) for label in labels}
         rows = replies(self.items, finished)
         results = collect(self.experiment, self.tasks, self.items, finished, rows, costs, self.base, command)
         write_text(self.folder / REPLIES, "".join(json.dumps(row) + "\n" for row in rows))

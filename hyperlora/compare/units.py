@@ -63,9 +63,15 @@ def _groups(items: Sequence[Item], size: int) -> list[list[Item]]:
 
 
 def item_keys(
-    unit: Unit, task: Task, experiment: Experiment, method: Method, matched: Method | None, base: BaseModel
+    unit: Unit,
+    task: Task,
+    experiment: Experiment,
+    method: Method,
+    matched: Method | None,
+    base: BaseModel,
+    unrelated: str | None,
 ) -> list[str]:
-    """For every document the hash of everything that determines its record."""
+    """For every document the hash of everything that determines its record; `unrelated` stands for that text."""
     spec = experiment.methods[unit.method]
     shared = digest(
         _FORMAT,
@@ -75,7 +81,7 @@ def item_keys(
         [*identity(experiment.methods[spec.match], matched), matched.seed] if spec.match and matched else None,
         [task.kind, task.max_new_tokens],
         unit.seed if spec.type.seeded else None,
-        experiment.unrelated,
+        unrelated,
     )
     contents = [
         [item.id, item.text, item.following, [vars(question) for question in item.questions]] for item in unit.items

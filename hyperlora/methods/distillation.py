@@ -103,7 +103,8 @@ class Distillation(Method):
         factors = fresh_adapter(base, settings.rank, sites, stable_seed(self.seed, document.id))
         attention, mlp = ([s for s in kind if settings.ridge and s in sites] for kind in (attention, mlp))
         known = sorted({*matched, *(site.layer for site in mlp)})
-        held = study(base, document, self.seed, settings.conversations, settings.reply_tokens)
+        asked = (document, self.seed, settings.conversations, settings.reply_tokens)
+        held = self.once(("self-study", *asked), lambda: study(base, *asked))
         lessons = teach(base, held, known, attention)
         copies = [x for x, c in zip(lessons, held, strict=True) if c.manner in COPIES]
         answers = [x for x, c in zip(lessons, held, strict=True) if c.manner not in COPIES]

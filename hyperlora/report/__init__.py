@@ -7,10 +7,10 @@ from typing import Any
 
 from hyperlora.errors import InputError
 from hyperlora.report.html import page
-from hyperlora.report.plots import render
+from hyperlora.report.plots import check_plots, render
 from hyperlora.report.tables import markdown
 
-__all__ = ["write_report"]
+__all__ = ["check_plots", "write_report"]
 
 
 def write_report(results: dict[str, Any], folder: Path) -> list[Path]:

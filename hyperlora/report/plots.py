@@ -44,16 +44,23 @@ _COSTS = (
 _CURVE_AXES = {"seconds": "time (s)", "steps": "steps"}
 
 
+def check_plots() -> None:
+    """Raises InputError when matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError('plots need the extra: pip install "hyperlora[eval]"') from error
+
+
 def render(results: dict[str, Any]) -> list[Figure]:
     """All plots for which there are numbers.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import style
-    except ImportError as error:
-        raise InputError('plots need the extra: pip install "hyperlora[eval]"') from error
+    check_plots()
+    from matplotlib import style
+
     figures: list[Figure] = []
     taken: set[str] = set()
     with style.context(["default", RC]):
