@@ -48,7 +48,8 @@ def families(folder: Path) -> dict[str, dict[int, Curve]]:
 
 def reached(curve: Curve, threshold: float, what: str) -> float | None:
     """Steps or seconds at the first evaluation from which on the exact match is `threshold` or more."""
-    return next((point[what] for point in curve if point["patch"] >= threshold), None)
+    start = max((number + 1 for number, point in enumerate(curve) if point["patch"] < threshold), default=0)
+    return curve[start][what] if start < len(curve) else None
 
 
 def table(found: dict[str, dict[int, Curve]]) -> str:

@@ -1,6 +1,7 @@
 """The student of a training run: what it is asked with a patch on, and how far it is from what it should say."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item
 from hyperlora.data.teacher import TeacherCorpus
+from hyperlora.errors import InputError
 from hyperlora.inject import Factors, inject
 from hyperlora.objectives import (
     Row,
@@ -43,6 +45,15 @@ class Student:
         self.blocks = decoder_layers(base.model)[1]
         count = min(recipe.teacher.hidden_layers, len(self.blocks)) if recipe.teacher.hidden else 0
         self.matched = [len(self.blocks) * (i + 1) // count - 1 for i in range(count)]
+
+    def check_taught(self, documents: Sequence[Item]) -> None:
+        """Raises InputError when there are teachers' replies, and to no question about these documents."""
+        asked = ((item.text, question.text) for item in documents for question in item.questions)
+        if self.teachers and not any(corpus.find(*pair) for pair in asked for corpus in self.teachers):
+            raise InputError(
+                f"{', '.join(self.recipe.teacher.corpora)}: no reply to any question that the recipe draws; run "
+                "hyperlora teach on the sources of its qa task"
+            )
 
     # -- what it is asked ---------------------------------------------------------------------------------------------
 

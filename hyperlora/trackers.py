@@ -1,11 +1,13 @@
 """Training metrics for TensorBoard, Weights & Biases or trackio, beside metrics.jsonl; each package is optional."""
 
 import importlib
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperlora.errors import InputError, nearest
+from hyperlora.files import write_text
 
 Record = dict[str, Any]
 Log = Callable[[dict[str, float], int], None]  # numbers by name, and the step
@@ -27,7 +29,12 @@ def _tensorboard(folder: Path, settings: Record) -> Log:
 def _wandb(folder: Path, settings: Record) -> Log:
     import wandb
 
-    run = wandb.init(project="hyperlora", name=folder.name, dir=str(folder), config=settings, resume="allow")
+    # A run that goes on is the same run there, which W&B knows by its id and not by its name.
+    path = folder / "wandb-id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    known = {"id": path.read_text(), "resume": "allow"}
+    run = wandb.init(project="hyperlora", name=folder.name, dir=str(folder), config=settings, **known)
     return lambda numbers, step: run.log(numbers, step=step)
 
 

@@ -6,7 +6,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Trainer:
             else None
         )
         self.student = Student(self.base, recipe, generator.encoder.sink)
+        self.student.check_taught(self.mix.documents())
         self.evaluation = evaluation_sets(recipe.evaluation, self.base)
         trained = self.mix.documents() + (self.unrelated.items if self.unrelated else [])
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
@@ -153,27 +155,8 @@ class Trainer:
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
-            if self.step == 0:
-                self.save()  # so that a run that dies early can be started again
-                self._evaluate(on_metrics)
-            stopping = False
-            while self.step < self.recipe.steps and not stopping:
-                start = time.perf_counter()
-                try:
-                    metrics = self.train_step()
-                except RuntimeError as error:  # the CPU's allocator has no error of its own
-                    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                        raise OutOfMemory(_too_large(self.recipe)) from error
-                    raise
-                self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
-                bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
-                last = self.step == self.recipe.steps
-                if self.step % self.recipe.evaluation.every == 0 or last:
-                    self._evaluate(on_metrics)
-                stopping = ranks.any_of(bool(stop))
-                if self.step % self.recipe.save_every == 0 or last or stopping:
-                    self.save()
+            with _memory_errors(self.recipe):
+                self._run(bar, stop, on_metrics)
         finally:
             bar.close()
             for number, handler in previous.items():
@@ -184,6 +167,25 @@ class Trainer:
             if ranks.own() == 0:
                 self.generator.save_pretrained(self.folder / "generator", force=True)
         ranks.wait()
+
+    def _run(self, bar: Any, stop: list[int], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        """Train to the last step, or until there is something in `stop`."""
+        if self.step == 0:
+            self.save()  # so that a run that dies early can be started again
+            self._evaluate(on_metrics)
+        stopping = False
+        while self.step < self.recipe.steps and not stopping:
+            start = time.perf_counter()
+            metrics = self.train_step()
+            self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
+            last = self.step == self.recipe.steps
+            if self.step % self.recipe.evaluation.every == 0 or last:
+                self._evaluate(on_metrics)
+            stopping = ranks.any_of(bool(stop))
+            if self.step % self.recipe.save_every == 0 or last or stopping:
+                self.save()
 
     def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         for name, items in self.evaluation.items():
@@ -221,6 +223,7 @@ class Trainer:
             "drawn": self.mix.state,
             "unrelated": self.unrelated_drawn,
             "layout": self.engine.layout,
+            "fingerprint": vars(self.base.fingerprint),
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
@@ -246,6 +249,10 @@ class Trainer:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
             )
+        if position.get("fingerprint", own := vars(self.base.fingerprint)) != own:
+            raise InputError(
+                f"{self.folder} holds a run on another base than {self.base.name}; choose another -o, or --base"
+            )
         with self.engine.whole():
             loaded.restore(self.generator)
         self.engine.load(found)
@@ -261,12 +268,19 @@ class Trainer:
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
-def _too_large(recipe: Recipe) -> str:
-    checkpointing = "" if recipe.checkpointing else ", or set checkpointing: true"
-    return (
-        f"out of memory at documents: {recipe.documents}; lower documents (and raise micro_batches), the mix's "
-        f"questions or max_tokens{checkpointing}; `hyperlora plan` shows what fits. The last checkpoint is intact"
-    )
+@contextmanager
+def _memory_errors(recipe: Recipe) -> Iterator[None]:
+    """Raises OutOfMemory, which says which setting to lower, where memory runs out in the block."""
+    try:
+        yield
+    except RuntimeError as error:  # the CPU's allocator has no error of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        checkpointing = "" if recipe.checkpointing else ", or set checkpointing: true"
+        raise OutOfMemory(
+            f"out of memory at documents: {recipe.documents}; lower documents (and raise micro_batches), the mix's "
+            f"questions or max_tokens{checkpointing}; `hyperlora plan` shows what fits. The last checkpoint is intact"
+        ) from error
 
 
 def cosine(rate: float, step: int, warmup: int, steps: int) -> float:

@@ -32,6 +32,7 @@ def curves(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_steps_and_seconds_to_thresholds(tmp_path: Path) -> None:
     write(tmp_path / "memory_tokens-0", [0.0, 0.2, 0.6, 0.95])
+    write(tmp_path / "memory_tokens-2", [0.0, 0.6, 0.4, 0.5])  # not there to stay at the first crossing
     write(tmp_path / "memory_tokens-1", [0.0, 0.5, 0.7, 0.8])
     write(tmp_path / "perceiver-0", [0.0, 0.0, 0.1, 0.2])
     done = curves(tmp_path)
@@ -40,6 +41,7 @@ def test_steps_and_seconds_to_thresholds(tmp_path: Path) -> None:
     assert rows == [
         ["memory_tokens", "0", "20", "40", "30", "60", "0.950", "0.010"],
         ["memory_tokens", "1", "10", "20", "not reached", "not reached", "0.800", "0.010"],
+        ["memory_tokens", "2", "30", "60", "not reached", "not reached", "0.500", "0.010"],
         ["perceiver", "0", *["not reached"] * 4, "0.200", "0.010"],
     ]
     assert (tmp_path / "out" / "curves.md").read_text() == done.stdout

@@ -14,6 +14,7 @@ from hyperlora.data.teacher import Taught, TeacherCorpus, teach
 from hyperlora.errors import InputError
 from hyperlora.objectives import Row, collate, cross_entropy, label_logits, reply_loss, state_distance
 from hyperlora.recipe import Recipe
+from hyperlora.student import Student
 
 from .conftest import TEXT, Run, make_base, one_line
 from .test_training import trainer
@@ -75,6 +76,8 @@ def test_shares_and_stopped_runs_add_up(base: BaseModel, items: list[Item], tmp_
     assert made == [1, 2] and teach(base, items, tmp_path / "t", max_new_tokens=4) == 0
     (tmp_path / "t" / "part-000001.safetensors").unlink()
     (tmp_path / "t" / ".part-000001.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="holds 2 of 3 files"):
+        TeacherCorpus(tmp_path / "t", base)
     assert teach(base, items, tmp_path / "t", max_new_tokens=4) == 1 and len(TeacherCorpus(tmp_path / "t", base)) == 16
 
 
@@ -114,6 +117,19 @@ def test_the_command_makes_what_a_recipe_reads(
     assert all(0 < line["loss"] < 0.1 and line["hidden"] > 0 for line in steps)
     code, _, err = run("teach", tmp_path / "qa.jsonl", "--base", tiny_dirs[0], "-o", tmp_path / "run")
     assert code == 3 and "not empty" in one_line(err)
+
+
+def test_replies_to_other_questions_are_no_teacher(
+    base: BaseModel, recipe: Recipe, items: list[Item], tmp_path: Path
+) -> None:
+    others = [Item(item.id, f"{item.text} More.", item.questions) for item in items[:2]]
+    for name, taught in (("own", items[:2]), ("other", others)):
+        teach(base, taught, tmp_path / name, max_new_tokens=4)
+    recipe.teacher.corpora = [str(tmp_path / "other")]
+    with pytest.raises(InputError, match="no reply to any question that the recipe draws"):
+        Student(base, recipe, []).check_taught(items)
+    recipe.teacher.corpora += [str(tmp_path / "own")]
+    Student(base, recipe, []).check_taught(items)
 
 
 def test_a_certain_teacher_is_the_label(base: BaseModel) -> None:

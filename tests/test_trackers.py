@@ -32,11 +32,14 @@ def test_runs_go_to_the_tracker_that_is_asked_for(name: str, tmp_path: Path, mon
     logged: list[tuple[dict[str, float], int]] = []
     run = SimpleNamespace(log=lambda numbers, step: logged.append((numbers, step)))
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=lambda **given: begun.append(given) or run))
+    (tmp_path / "mine").mkdir()
     hand_on = track([name], tmp_path / "mine", {"steps": 3})
     hand_on({"step": 2, "loss": 1.5, "labels": 9})
     hand_on({"step": 2, "evaluation": "facts-2", "patch_f1": 0.5})
     assert logged == [({"train/loss": 1.5, "train/labels": 9.0}, 2), ({"facts-2/patch_f1": 0.5}, 2)]
     assert begun[0]["name"] == "mine" and begun[0]["config"] == {"steps": 3}
+    track([name], tmp_path / "mine", {"steps": 3})  # resumed
+    assert begun[1] == begun[0] and begun[0]["resume"] == "allow"
 
 
 def test_unknown_and_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,11 +151,17 @@ def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> 
         run.run()
     again = trainer(recipe, tmp_path / "run")
     assert again.resume() and again.step == 3
-    again.recipe = recipe.model_copy(update={"checkpointing": True})
-    again.train_step = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))  # type: ignore[method-assign]
+    scored = trainer(recipe.model_copy(update={"checkpointing": True}), tmp_path / "scored")
+    scored._evaluate = lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))  # type: ignore[method-assign]
     with pytest.raises(OutOfMemory) as found:
-        again.run()
+        scored.run()
     assert "checkpointing" not in str(found.value)
+
+
+def test_a_run_goes_on_with_its_own_base_only(recipe: Recipe, tmp_path: Path) -> None:
+    trainer(recipe, tmp_path / "run").save()
+    with pytest.raises(InputError, match="another base"):
+        trainer(recipe, tmp_path / "run", make_base(seed=5)).resume()
 
 
 def test_start_refuses_a_folder_of_something_else(recipe: Recipe, tmp_path: Path) -> None:

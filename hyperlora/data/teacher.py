@@ -67,10 +67,13 @@ class TeacherCorpus:
         if settings["fingerprint"] != vars(base.fingerprint):
             raise InputError(f"the replies in {folder} are of {settings['base']}, not of {base.name}; make new ones")
         self._held: dict[str, Taught] = {}
-        for path in sorted(folder.glob("part-*.safetensors")):
+        made = sorted(folder.glob("part-*.safetensors"))
+        for path in made:
             self._held |= dict(_read(path))
-        if not self._held:
-            raise InputError(f"{folder} holds no teacher's replies yet; run hyperlora teach to its end")
+        if len(made) < (files := settings.get("files", 1)):
+            raise InputError(
+                f"{folder} holds {len(made)} of {files} files of a teacher's replies; run hyperlora teach to its end"
+            )
 
     def __len__(self) -> int:
         return len(self._held)
@@ -124,6 +127,7 @@ def teach(
         )
     if top_k > (known := len(base.model.get_output_embeddings().weight)):
         raise InputError(f"--top-k {top_k}: {base.name} has only {known} tokens")
+    groups = [asked[start : start + _PART_DOCUMENTS] for start in range(0, len(asked), _PART_DOCUMENTS)]
     settings = {
         "base": base.name,
         "fingerprint": vars(base.fingerprint),
@@ -131,12 +135,12 @@ def teach(
         "max_new_tokens": max_new_tokens,
         "phrased": phrased,
         "documents": sha256("\0".join(item.text for item in asked).encode()),
+        "files": len(groups),
     }
     if ranks.own() == 0:  # or one process would find the folder that another is just making
         _claim(folder, settings)
     ranks.wait()
     _claim(folder, settings)
-    groups = [asked[start : start + _PART_DOCUMENTS] for start in range(0, len(asked), _PART_DOCUMENTS)]
     index, count = shard
     todo = {
         path: group
