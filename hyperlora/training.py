@@ -34,6 +34,7 @@ from hyperlora.recipe import Recipe
 from hyperlora.student import Student, checkpoint_layers
 
 _FREE = ("checkpointing", "evaluation", "save_every", "steps")  # what a resumed recipe may change
+_SAME_REQUEST = 2.0  # seconds
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 
 
@@ -145,12 +146,13 @@ class Trainer:
 
     def run(self, on_metrics: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Train to the last step, saving on the way. Ctrl-C and SIGTERM save before they end the run."""
-        stop: list[int] = []
+        stop: list[float] = []  # when
 
-        def request_stop(number: int, _: Any) -> None:
-            if stop:  # asked twice: do not wait for the step to end
+        def request_stop(*_: Any) -> None:
+            # Asked twice: do not wait for the step to end. A launcher hands on what a terminal has sent to all already.
+            if stop and time.monotonic() > stop[0] + _SAME_REQUEST:
                 raise KeyboardInterrupt
-            stop.append(number)
+            stop.append(time.monotonic())
 
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
@@ -168,7 +170,7 @@ class Trainer:
                 self.generator.save_pretrained(self.folder / "generator", force=True)
         ranks.wait()
 
-    def _run(self, bar: Any, stop: list[int], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+    def _run(self, bar: Any, stop: list[float], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         """Train to the last step, or until there is something in `stop`."""
         if self.step == 0:
             self.save()  # so that a run that dies early can be started again

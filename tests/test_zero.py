@@ -36,10 +36,15 @@ def recipe_file(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str]) -> P
     return path
 
 
-def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, "-m", "hyperlora", "train", *map(str, arguments), "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def launch(processes: int, *arguments: object, launcher: str = "torchrun") -> subprocess.Popen[str]:
+    if launcher == "torchrun":
+        begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        begin += ["-m", "hyperlora", "train"]
+    else:
+        begin = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
+        begin += [str(CONFIGS.parent / "train" / "generator.py")]
+    command = [*begin, *map(str, arguments), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -51,12 +56,16 @@ def finished(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def killed_after(step: int, folder: Path, process: subprocess.Popen[str], one: bool) -> None:
-    """All of its processes at once, or one of them, which the others do not outlive."""
+def after(step: int, folder: Path, process: subprocess.Popen[str]) -> None:
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step}, "loss"' in metrics.read_text()):
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.02)
+
+
+def killed_after(step: int, folder: Path, process: subprocess.Popen[str], one: bool) -> None:
+    """All of its processes at once, or one of them, which the others do not outlive."""
+    after(step, folder, process)
     if one:
         psutil.Process(process.pid).children()[1].kill()
     else:
@@ -131,12 +140,24 @@ def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: 
 
 def test_deepspeeds_launcher_starts_the_script(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
     start(recipe, tmp_path / "one", "tiny").run()
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", CONFIGS.parent / "train" / "generator.py"]
-    command = [*launcher, recipe_file, "-o", tmp_path / "two", "--device", "cpu", "--deepspeed", CONFIGS / "zero1.json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = ["--deepspeed", CONFIGS / "zero1.json"]
+    finished(launch(2, recipe_file, "-o", tmp_path / "two", *settings, launcher="deepspeed"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ctrl_c_saves_under_a_launcher(recipe: Recipe, recipe_file: Path, tmp_path: Path, launcher: str) -> None:
+    """A terminal interrupts the launcher and its processes, and the launcher ends the processes once more."""
+    content = yaml.safe_load(recipe_file.read_text()) | {"steps": 400, "save_every": 400}
+    recipe_file.write_text(yaml.safe_dump(content))
+    folder, settings = tmp_path / "run", ["--deepspeed", CONFIGS / "zero1.json"] * (launcher == "deepspeed")
+    process = launch(2, recipe_file, "-o", folder, *settings, launcher=launcher)
+    after(4, folder, process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    reached = json.loads((folder / "checkpoint" / "position.json").read_text())["step"]
+    assert 4 <= reached < 400 and len(losses(folder)) == reached
 
 
 def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_path: Path) -> None:
