@@ -21,6 +21,7 @@ from hyperlora.data.facts import fact_document
 from hyperlora.data.items import Item, Question
 from hyperlora.data.sources import load
 from hyperlora.encoder import Encoder
+from hyperlora.hypernet.associative import compete
 from hyperlora.prompt import document_ids
 from hyperlora.statistics import SiteStatistics, calibrate
 from hyperlora.structure import attention_outputs, decoder_layers, find_sites
@@ -51,8 +52,8 @@ def locate(base: BaseModel, item: Item, question: Question) -> Fact | None:
 def responses(x: Tensor, document: Tensor, stat: SiteStatistics) -> Tensor:
     """Of the document's tokens (tokens, d_in) to the input x (d_in,): (tokens,)."""
     rows = stat.moment.solve(document)  # type: ignore[operator, union-attr]
-    gram = rows @ document.T + RIDGE * document.shape[1] * torch.eye(len(document), device=document.device)
-    return torch.linalg.solve(gram, rows @ x)
+    matches = (rows @ x)[None, :, None]
+    return compete(document[None], rows[None], matches, torch.tensor(RIDGE))[0, :, 0]
 
 
 @torch.no_grad()
