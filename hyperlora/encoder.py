@@ -81,9 +81,9 @@ class Encoder:
         """A batch of chunks (token ids) to be read in the way that a hypernetwork asks for, inside `timed`."""
         return ChunkReading(self, chunks, timed)
 
-    @torch.no_grad()
-    def read(self, chunks: list[list[int]]) -> Features:
-        """Features of a batch of chunks (token ids), one forward pass."""
+    def read(self, chunks: list[list[int]], adapter: Mapping[str, Factors] | None = None) -> Features:
+        """Features of a batch of chunks (token ids), one forward pass, with an adapter on and its gradient where there
+        is one."""
         base = self.base
         ids, mask = self._padded(chunks)
         kept: dict[Any, Tensor] = {}
@@ -97,7 +97,8 @@ class Encoder:
         skip = len(self.sink)
         real = nn.functional.pad(mask, (skip, 0), value=True)
         try:
-            kept |= self._until_the_last([self._last], real, input_ids=ids)
+            with nullcontext() if adapter else torch.no_grad(), inject(base.model, adapter or {}), self._stored():
+                kept |= self._until_the_last([self._last], real, input_ids=ids)
         finally:
             for handle in handles:
                 handle.remove()
@@ -194,6 +195,10 @@ class ChunkReading(Reading):
     def features(self) -> Features:
         with self._timed():
             return self._encoder.read(self._chunks)
+
+    def adapted(self, adapter: Mapping[str, Factors]) -> Features:
+        with self._timed():
+            return self._encoder.read(self._chunks, adapter)
 
     def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
         with self._timed():

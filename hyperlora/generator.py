@@ -27,7 +27,15 @@ from hyperlora.norm_control import hold, update_norm
 from hyperlora.patch import Patch, Provenance, check_base
 from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SiteStatistics, calibrate
-from hyperlora.structure import Site, find_sites, is_transposed, linears, text_config
+from hyperlora.structure import (
+    Site,
+    attention_linears,
+    attention_outputs,
+    find_sites,
+    is_transposed,
+    linears,
+    text_config,
+)
 
 # While a long document is read, its patch is kept at this multiple of the final rank.
 WORKING_RANKS = 4
@@ -90,7 +98,8 @@ class Generator(nn.Module):
             raise InputError(_NON_FINITE) from error
         origin, patches = self.provenance, []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            own = _trimmed({path: (a[index], b[index]) for path, (a, b) in factors.items()})
+            own = {path: (a[index].clone(), b[index].clone()) for path, (a, b) in factors.items()}
+            own |= _trimmed({site.path: own[site.path] for site in self.sites})
             if not all(bool(torch.isfinite(t).all()) for pair in own.values() for t in pair):
                 raise InputError(_NON_FINITE)
             document = {"sha256": sha256(text.encode()), "tokens": len(tokens), "weight": 1.0}
@@ -112,6 +121,7 @@ class Generator(nn.Module):
             generator_hash=digest.hexdigest()[:16],
             version=__version__,
             transposed=is_transposed(self.base.model.get_submodule(self.sites[0].path)),
+            fixed=tuple(module.path for module in self.hypernet.fixed),
         )
 
     def calls(self, documents: Sequence[list[int]]) -> int:
@@ -140,7 +150,8 @@ class Generator(nn.Module):
             read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
         else:
             read = [self._folded(chunks, clock) for chunks in split]
-        stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
+        changed = [*self.sites, *self.hypernet.fixed]
+        stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(changed)}
         path = self.sites[0].path
         for _ in range(self.calls(documents), calls):
             idle = self._slots([split[0][0][:2]], clock)
@@ -168,10 +179,11 @@ class Generator(nn.Module):
         return (self.through or self.hypernet)(reading, self.statistics)
 
     def _cap(self, factors: list[Factors], rank: int) -> list[Factors]:
-        return [
+        capped = [
             cap_rank(a, b, rank, stat.moment)  # type: ignore[arg-type, union-attr]
-            for (a, b), stat in zip(factors, self.statistics, strict=True)
+            for (a, b), stat in zip(factors[: len(self.sites)], self.statistics, strict=True)
         ]
+        return capped + factors[len(self.sites) :]
 
     def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
         """Factors of one document, its chunks read one at a time."""
@@ -180,6 +192,7 @@ class Generator(nn.Module):
         limit, norms = self.config.norm_limit, []  # norms by chunk and site
         for chunk in chunks:
             slots = self._slots([chunk], clock)
+            slots, fixed = slots[: len(self.sites)], slots[len(self.sites) :]
             if limit is not None:
                 norms.append([update_norm(a, b, moment) for (a, b), moment in zip(slots, moments, strict=True)])
             if state is not None:
@@ -190,10 +203,10 @@ class Generator(nn.Module):
             state = self._cap(slots, WORKING_RANKS * self.config.rank)
         assert state is not None
         state = self._cap(state, self.config.rank)
-        if limit is None:
-            return state
-        bounds = [limit * torch.stack(own).amax(0) for own in zip(*norms, strict=True)]
-        return [hold(a, b, bound, m) for (a, b), bound, m in zip(state, bounds, moments, strict=True)]
+        if limit is not None:
+            bounds = [limit * torch.stack(own).amax(0) for own in zip(*norms, strict=True)]
+            state = [hold(a, b, bound, m) for (a, b), bound, m in zip(state, bounds, moments, strict=True)]
+        return state + fixed
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -283,8 +296,10 @@ def _modules(base: BaseModel, config: GeneratorConfig, sites: list[Site]) -> tup
     if config.hypernet not in HYPERNETS:
         raise InputError(f"unknown hypernet {config.hypernet!r}; {nearest(config.hypernet, HYPERNETS)}")
     statistics = nn.ModuleList(SiteStatistics(site, config.moment_directions) for site in sites)
-    read = linears(base.model, range(max(site.layer for site in sites) + 1))
-    shape = Shape(sites, read, text_config(base.model).hidden_size)
+    read = range(max(site.layer for site in sites) + 1)
+    writing = attention_outputs(base.model, read)
+    attention = [module for module in attention_linears(base.model, read) if module not in writing]
+    shape = Shape(sites, linears(base.model, read), attention, text_config(base.model).hidden_size)
     try:
         return statistics, HYPERNETS[config.hypernet](shape, **config.options)
     except TypeError as error:
@@ -317,7 +332,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _trimmed(factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Without the rows that are zero because a longer document stood in the same batch; one rank for all modules."""
+    """Without the rows that are zero because a longer document stood in the same batch; one rank for all sites."""
     kept = {path: a.abs().amax(dim=1) > 0 for path, (a, _) in factors.items()}
     rank = max(1, max(int(rows.sum()) for rows in kept.values()))
     order = {path: torch.argsort(~rows, stable=True)[:rank] for path, rows in kept.items()}

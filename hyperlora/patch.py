@@ -33,6 +33,7 @@ class Provenance:
         documents: for each document its `sha256`, number of `tokens` and `weight` in a composition.
         version: of hyperlora.
         transposed: True when the patched modules store their weight as (d_in, d_out).
+        fixed: modules that the generator changes in the same way for every document.
     """
 
     base: str
@@ -42,18 +43,20 @@ class Provenance:
     documents: tuple[dict[str, Any], ...] = ()
     version: str = ""
     transposed: bool = False
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass
 class Patch:
-    """LoRA factors per module path: A (rank, d_in) and B (d_out, rank), of one rank everywhere, scale folded in."""
+    """LoRA factors per module path: A (rank, d_in) and B (d_out, rank), the scale folded in. `rank` is the largest; of
+    lower rank are only modules that the generator changes in the same way for every document."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     provenance: Provenance = field(repr=False)
 
     @property
     def rank(self) -> int:
-        return next(iter(self.factors.values()))[0].shape[0]
+        return max(a.shape[0] for a, _ in self.factors.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +94,9 @@ class Patch:
     ) -> "Patch":
         """The weighted sum of patches, exact at the sum of their ranks, or capped to `rank`.
 
+        What a generator changes in the same way for every document is not added up: patches of one generator have it
+        once between them, whatever their weights.
+
         Args:
             norm_limit: scale every module's update down to so many times the Frobenius norm of its largest part, so
                 that many patches do not garble the model together.
@@ -107,7 +113,9 @@ class Patch:
         first = patches[0].provenance
         for patch in patches[1:]:
             check_base(patch.provenance, first.fingerprint, first.base)
-        paths = sorted({path for patch in patches for path in patch.factors})
+        alike = {patch.provenance.generator_hash for patch in patches} == {first.generator_hash}
+        fixed = {path: patches[0].factors[path] for path in first.fixed if alike}
+        paths = sorted({path for patch in patches for path in patch.factors} - fixed.keys())
         factors, bounds = {}, {}
         for path in paths:
             parts = [(w, *p.factors[path]) for w, p in zip(weights, patches, strict=True) if path in p.factors]
@@ -125,13 +133,13 @@ class Patch:
             " + ".join(dict.fromkeys(values))
             for values in zip(*((p.provenance.generator, p.provenance.generator_hash) for p in patches), strict=True)
         )
-        origin = replace(first, documents=documents, generator=names, generator_hash=hashes)
+        origin = replace(first, documents=documents, generator=names, generator_hash=hashes, fixed=tuple(fixed))
         composed = Patch(_uniform(factors), origin)
         composed = composed if rank is None else composed.cap_rank(rank)
-        if norm_limit is None:
-            return composed
-        held = {path: hold(a, b, norm_limit * bounds[path]) for path, (a, b) in composed.factors.items()}
-        return Patch(held, composed.provenance)
+        held = composed.factors
+        if norm_limit is not None:
+            held = {path: hold(a, b, norm_limit * bounds[path]) for path, (a, b) in held.items()}
+        return Patch(held | fixed, origin)
 
     def merge(self, model: nn.Module) -> None:
         """Add the patch to the model's weights for good; to merge several, `compose` them first.
@@ -177,9 +185,12 @@ class Patch:
                 raise InputError(f"the patch has non-finite values in {name}; it was not saved")
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+        lower = {path: len(a) for path, (a, _) in self.factors.items() if len(a) < self.rank}
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.rank,
+            rank_pattern=lower,
+            alpha_pattern=lower,
             target_modules=sorted(self.factors),
             fan_in_fan_out=self.provenance.transposed,
             task_type="CAUSAL_LM",
@@ -204,16 +215,12 @@ class Patch:
             raise InputError(f"{folder} is not a hyperlora patch: no {', '.join(missing)}")
         try:
             config = json.loads((folder / CONFIG).read_text())
-            rank = int(config["r"])
-            if rank < 1 or not math.isfinite(config["lora_alpha"]):
-                raise ValueError(f"{CONFIG} says rank {rank}, alpha {config['lora_alpha']}")
-            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
             record = json.loads((folder / PROVENANCE).read_text())
             record["fingerprint"] = Fingerprint(**record["fingerprint"])
-            record["documents"] = tuple(record["documents"])
+            record |= {name: tuple(record.get(name, ())) for name in ("documents", "fixed")}
             provenance = Provenance(**record)
             with safe_open(folder / WEIGHTS, framework="pt") as file:
-                factors = {path: (a, b * scale) for path, (a, b) in _read_factors(file, rank).items()}
+                factors = _read_factors(file, config)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} holds a damaged patch ({error}); generate it again") from error
         return Patch(factors, provenance)
@@ -233,27 +240,38 @@ def check_base(provenance: Provenance, found: Fingerprint, name: str) -> None:
         )
 
 
-def _read_factors(file: Any, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_factors(file: Any, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     keys = list(file.keys())
     names = sorted(key[: -len(".lora_A.weight")] for key in keys if key.endswith(".lora_A.weight"))
     if not names:
         raise ValueError("no LoRA tensors")
+    scales = {}
     for name in names:
+        rank, scales[name] = _rank_and_scale(config, name.removeprefix(_PREFIX))
         shape_a = file.get_slice(f"{name}.lora_A.weight").get_shape()
         shape_b = file.get_slice(f"{name}.lora_B.weight").get_shape()
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
             raise ValueError(f"{name} has shapes {shape_a} and {shape_b} at rank {rank}")
     factors = {}
-    for name in names:
+    for name, scale in scales.items():
         a, b = file.get_tensor(f"{name}.lora_A.weight"), file.get_tensor(f"{name}.lora_B.weight")
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{name} has non-finite values")
-        factors[name.removeprefix(_PREFIX)] = (a, b)
+        factors[name.removeprefix(_PREFIX)] = (a, b * scale)
     return factors
 
 
+def _rank_and_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
+    """What PEFT's config says of a module."""
+    rank = int((config.get("rank_pattern") or {}).get(path, config["r"]))
+    alpha = (config.get("alpha_pattern") or {}).get(path, config["lora_alpha"])
+    if rank < 1 or not math.isfinite(alpha):
+        raise ValueError(f"{CONFIG} says rank {rank}, alpha {alpha}")
+    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
 def _uniform(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Fill every module up to the largest rank with zeros: PEFT and vLLM want one rank."""
+    """Fill every module up to the largest rank with zeros."""
     rank = max(a.shape[0] for a, _ in factors.values())
     pad = nn.functional.pad
     return {

@@ -101,20 +101,25 @@ def attention_outputs(model: nn.Module, layers: Iterable[int]) -> list[Site]:
     Raises:
         UnsupportedBase: a layer without attention.
     """
-    stack, blocks = decoder_layers(model)
     hidden, sites = text_config(model).hidden_size, []
     for layer in layers:
-        inside = [
-            (f"{child}.{name}", shape)
-            for child, attention in blocks[layer].named_children()
-            if _reads_attention(attention)
-            for name, module in attention.named_modules()
-            if (shape := linear_shape(module)) is not None and shape[1] == hidden
-        ]
-        if not inside:
+        writing = [site for site in attention_linears(model, [layer]) if site.d_out == hidden]
+        if not writing:
             raise UnsupportedBase(f"layer {layer} has no attention that writes into the residual stream")
-        sites.append(Site(f"{stack}.{layer}.{inside[-1][0]}", layer, *inside[-1][1]))
+        sites.append(writing[-1])
     return sites
+
+
+def attention_linears(model: nn.Module, layers: Iterable[int]) -> list[Site]:
+    """All linear modules inside the attention of some layers."""
+    (stack, blocks), layers = decoder_layers(model), list(layers)
+    attention = tuple(
+        f"{stack}.{layer}.{name}."
+        for layer in layers
+        for name, child in blocks[layer].named_children()
+        if _reads_attention(child)
+    )
+    return [site for site in linears(model, layers) if site.path.startswith(attention)]
 
 
 def linears(model: nn.Module, layers: Iterable[int]) -> list[Site]:

@@ -18,7 +18,7 @@ from hyperlora.prompt import GAP, document_ids, encode
 from hyperlora.runtime import Runtime
 from hyperlora.structure import find_sites
 
-from .conftest import TEXT, make_generator
+from .conftest import OPTIONS, TEXT, make_generator
 
 
 def test_flops_follow_the_formula(base: BaseModel) -> None:
@@ -63,7 +63,7 @@ def test_flops_of_a_distillation_step_follow_the_formula(base: BaseModel) -> Non
 
 def test_flops_of_a_patch_are_those_of_its_parts(base: BaseModel) -> None:
     """Reading stops behind the last patched layer, and no output layer runs; the rest is the hypernetwork's."""
-    generator = make_generator(base)
+    generator = make_generator(base, options={**OPTIONS["associative"], "adapter_rank": 0})
     ids = generator.encoder.tokenize(TEXT)[:60]
     read = flops(lambda: generator.encoder.read([ids]))
     config, n = base.model.config, len(ids) + len(generator.encoder.sink)
@@ -76,6 +76,9 @@ def test_flops_of_a_patch_are_those_of_its_parts(base: BaseModel) -> None:
     made = flops(lambda: generator.hypernet(reading, generator.statistics))
     capped = flops(lambda: generator._cap(slots, generator.config.rank))
     assert made > 0 and flops(lambda: generator.factors([ids])) == read + made + capped
+    adapted = make_generator(base)
+    products = sum(2 * n * 2 * (module.d_in + module.d_out) for module in adapted.hypernet.fixed)
+    assert flops(lambda: adapted.factors([ids])) == read + made + capped + products
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets a peak of memory")

@@ -68,6 +68,7 @@ def test_forgetting_measures_the_rise_in_loss(base: BaseModel, tmp_path: object)
     for value in [*strong.hypernet.copy, *strong.hypernet.point]:
         value.scale.data.zero_()
         value.learned.weight.data.zero_()
+    strong.hypernet.adapter_b.data.zero_()
     nothing = evaluate_forgetting(strong, path, 4, tokens=24)["scores"]["patch - bare"]["loss"]
     assert nothing[0] == pytest.approx(0.0, abs=1e-6) and abs(rise) > 1e-3
 

@@ -15,7 +15,7 @@ from .conftest import make_base, make_generator
 
 
 def delta(patch: Patch) -> torch.Tensor:
-    return torch.stack([b @ a for a, b in patch.factors.values()])
+    return torch.cat([(b @ a).flatten() for a, b in patch.factors.values()])
 
 
 def same(one: Patch, other: Patch) -> None:
@@ -32,6 +32,10 @@ def test_a_patch_depends_on_its_document_alone(any_base: BaseModel, documents: l
         same(alone, other)
         same(alone, generator.generate(document))
     assert (delta(together[0]) - delta(together[1])).abs().max() > 0.1 * delta(together[0]).abs().max()
+    one, other = ({path: b @ a for path, (a, b) in patch.factors.items()} for patch in (together[0], together[1]))
+    unlike = [path for path in one if not torch.equal(one[path], other[path])]
+    assert unlike == [site.path for site in generator.sites]
+    assert together[0].factors.keys() - set(unlike) == set(together[0].provenance.fixed) != set()
 
 
 def test_rank_is_capped(generator: Generator, documents: list[str]) -> None:
@@ -47,7 +51,10 @@ def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str]) -> None
     generator.requires_grad_(False)
     folded = generator.factors([ids])
     parts = [generator.factors([chunk]) for chunk in chunks]
-    for path, (a, b) in folded.items():
+    for module in generator.hypernet.fixed:
+        torch.testing.assert_close(folded[module.path], parts[0][module.path])
+    for site in generator.sites:
+        (a, b), path = folded[site.path], site.path
         whole = sum(part[path][1] @ part[path][0] for part in parts)
         best = torch.linalg.matrix_rank(whole[0]).item()
         assert best <= 32  # the width of the model: rank 64 is exact
@@ -157,7 +164,7 @@ def test_non_finite_patches_are_not_handed_out(generator: Generator, documents: 
 def test_patch_survives_float16(generator: Generator) -> None:
     """Short documents are not capped; their factors must be balanced to fit 16 bits."""
     exact = generator.generate("Maro bakes")
-    for a, b in exact.factors.values():
+    for a, b in (exact.factors[site.path] for site in generator.sites):
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-3, atol=1e-6)
     assert (delta(exact.to(torch.float16).to(torch.float32)) - delta(exact)).norm() < 2e-3 * delta(exact).norm()
 

@@ -10,6 +10,7 @@ from hyperlora.errors import InputError
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.hypernet import HYPERNETS, Associative, MemoryTokens, Perceiver, Reading, Shape
+from hyperlora.hypernet.adapter import adapter_factors
 from hyperlora.hypernet.associative import _Move, compete, strongest
 from hyperlora.patch import Patch
 from hyperlora.structure import Site
@@ -26,10 +27,11 @@ def test_contract(any_base: BaseModel, documents: list[str], name: str) -> None:
     reading = generator.encoder.open(ids)
     factors = generator.hypernet(reading, generator.statistics)
     loss = torch.zeros(())
-    for site, (a, b) in zip(generator.sites, factors, strict=True):
+    changed = [*generator.sites, *generator.hypernet.fixed]
+    for index, (site, (a, b)) in enumerate(zip(changed, factors, strict=True)):
         assert a.shape == (2, b.shape[2], site.d_in) and b.shape[:2] == (2, site.d_out)
         loss = loss + torch.tanh(b @ a).square().sum()
-        alone = generator.hypernet(generator.encoder.open(ids[1:]), generator.statistics)[generator.sites.index(site)]
+        alone = generator.hypernet(generator.encoder.open(ids[1:]), generator.statistics)[index]
         torch.testing.assert_close((b @ a)[1], (alone[1] @ alone[0])[0], rtol=1e-4, atol=1e-5)
     loss.backward()
     silent = [n for n, p in generator.hypernet.named_parameters() if p.grad is None or not p.grad.any()]
@@ -91,13 +93,37 @@ def test_keys_are_those_of_the_inputs_until_they_are_moved(base: BaseModel, docu
     hypernet, x = generator.hypernet, reading.features.inputs
     assert isinstance(hypernet, Associative)
     fresh = hypernet(reading, generator.statistics)
+    fresh = fresh[: len(x)]  # without the adapter's, which has no effect yet
     for stat, own, (a, _) in zip(generator.statistics, x, fresh, strict=True):
         torch.testing.assert_close(a[:, : own.shape[1]], stat.moment.solve(own))  # type: ignore[operator, union-attr]
     for name, weight in hypernet.named_parameters():
         if name.endswith(("to_copies.weight", "to_pointers.weight")):
             torch.nn.init.normal_(weight)
-    for own, (a, _), (moved, _) in zip(x, fresh, hypernet(reading, generator.statistics), strict=True):
+    after = hypernet(reading, generator.statistics)[: len(x)]
+    for own, (a, _), (moved, _) in zip(x, fresh, after, strict=True):
         assert moved.shape[1] > own.shape[1] and bool(((moved - a).abs().amax(-1) > 1e-3).all())
+
+
+def test_documents_are_read_with_the_adapter_that_answers(any_base: BaseModel, documents: list[str]) -> None:
+    """Keys are made of what a base sees that the patch's fixed part is merged into; it is on attention's inputs."""
+    generator = make_generator(any_base, options={**OPTIONS["associative"], "moves": 0})
+    modules = [module.path.rpartition(".")[2] for module in generator.hypernet.fixed]
+    assert len(modules) % 4 == 0 and not any("o_proj" in name or "mlp" in name or name == "c_proj" for name in modules)
+    patch = generator.generate(documents[0])
+    ids = generator.encoder.tokenize(documents[0])
+    slots = generator.hypernet(generator.encoder.open([ids]), generator.statistics)
+    fixed = {path: patch.factors[path] for path in patch.provenance.fixed}
+    Patch(fixed, patch.provenance).merge(any_base.model)
+    x = generator.encoder.read([ids]).inputs
+    for stat, own, (a, _) in zip(generator.statistics, x, slots, strict=False):
+        keys = stat.moment.solve(own)  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(a[:, : own.shape[1]], keys, rtol=1e-3, atol=1e-4 * float(keys.abs().max()))
+
+
+def test_without_an_adapter_nothing_is_fixed(base: BaseModel, documents: list[str]) -> None:
+    bare = make_generator(base, options={**OPTIONS["associative"], "adapter_rank": 0})
+    patch = bare.generate(documents[0])
+    assert patch.provenance.fixed == () and list(patch.factors) == [site.path for site in bare.sites]
 
 
 def test_keys_move_in_units_of_their_channels() -> None:
@@ -163,7 +189,7 @@ def test_output_scales_size_the_patch_linearly(base: BaseModel, documents: list[
 )
 def test_options_the_perceiver_cannot_use(options: dict[str, float], d_out: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Perceiver(Shape([Site("layers.1.up_proj", 1, 48, d_out)], [], 32), **{**OPTIONS["perceiver"], **options})  # type: ignore[arg-type]
+        Perceiver(Shape([Site("layers.1.up_proj", 1, 48, d_out)], [], [], 32), **{**OPTIONS["perceiver"], **options})  # type: ignore[arg-type]
 
 
 def test_memory_tokens_are_as_many_as_the_numbers_of_a_layer(base: BaseModel, documents: list[str]) -> None:
@@ -181,6 +207,9 @@ def test_memory_tokens_are_as_many_as_the_numbers_of_a_layer(base: BaseModel, do
 
         features = reading.features
 
+        def adapted(self, adapter: Any) -> Any:
+            raise AssertionError("memory tokens look at what the base makes of them alone")
+
         def memory(self, tokens: torch.Tensor, adapter: Any, layers: Any) -> torch.Tensor:
             assert layers == [1, 3]
             return reading.memory(tokens, adapter, layers) * torch.tensor([1.0, -1.0])[:, None, None]
@@ -196,7 +225,8 @@ def test_rows_of_memory_become_rows_of_factors(base: BaseModel, documents: list[
     assert isinstance(hypernet, MemoryTokens)
     hypernet.blocks = torch.nn.ModuleList()
     reading = generator.encoder.open([generator.encoder.tokenize(documents[0])])
-    states = reading.memory(hypernet.tokens, hypernet.adapter(), hypernet.layers)
+    adapter = adapter_factors(hypernet.linears, hypernet.adapter_rank, hypernet.adapter_a, hypernet.adapter_b)
+    states = reading.memory(hypernet.tokens, adapter, hypernet.layers)
     z = torch.nn.functional.rms_norm(states, (32,)) + hypernet.layer + hypernet.place
     for row, ((a, b), stat) in enumerate(
         zip(hypernet(reading, generator.statistics), generator.statistics, strict=True)

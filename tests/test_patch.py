@@ -44,7 +44,8 @@ def test_peft_knows_every_key(base: BaseModel, patch: Patch, tmp_path: Path) -> 
     result = model.load_adapter(str(tmp_path / "patch"), adapter_name="again")
     assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora" in key]
     config = json.loads((tmp_path / "patch" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == patch.rank and not config["rank_pattern"]
+    assert config["r"] == config["lora_alpha"] == patch.rank
+    assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(patch.provenance.fixed, 2) != {}
 
 
 def test_save_and_load_keep_everything(patch: Patch, tmp_path: Path) -> None:
@@ -60,15 +61,18 @@ def test_save_and_load_keep_everything(patch: Patch, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["patch"]
 
 
-@pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 4.0 * 6**0.5)])
-def test_load_folds_the_scale_in(patch: Patch, tmp_path: Path, rslora: bool, scale: float) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_load_folds_the_scale_in(patch: Patch, tmp_path: Path, rslora: bool) -> None:
     """Other tools may write the adapter back with an alpha of their own."""
     patch.save(tmp_path / "patch")
     path = tmp_path / "patch" / CONFIG
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "lora_alpha": 4 * config["r"], "use_rslora": rslora}))
+    alphas = {name: 3 * rank for name, rank in config["rank_pattern"].items()}
+    change = {"lora_alpha": 4 * config["r"], "alpha_pattern": alphas, "use_rslora": rslora}
+    path.write_text(json.dumps({**config, **change}))
     loaded = Patch.load(tmp_path / "patch")
     for name, (a, b) in patch.factors.items():
+        scale = (3 if name in alphas else 4) * (len(a) ** 0.5 if rslora else 1)
         torch.testing.assert_close(loaded.factors[name][1] @ loaded.factors[name][0], scale * b @ a)
 
 
@@ -84,15 +88,23 @@ def test_impossible_scales_are_refused(patch: Patch, tmp_path: Path, change: dic
 def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> None:
     one, two = make_generator(base).generate(documents[:2])
     both = Patch.compose([one, two], [1.0, -0.5])
-    for path in one.factors:
+    fixed = both.provenance.fixed
+    assert fixed == one.provenance.fixed != () and both.factors.keys() == one.factors.keys()
+    for path in fixed:  # what both have in common comes once
+        torch.testing.assert_close(both.factors[path], one.factors[path])
+    for path in one.factors.keys() - set(fixed):
         delta = [p.factors[path][1] @ p.factors[path][0] for p in (one, two, both)]
         torch.testing.assert_close(delta[2], delta[0] - 0.5 * delta[1], rtol=1e-4, atol=1e-5)
     assert [d["weight"] for d in both.provenance.documents] == [1.0, -0.5]
     assert Patch.compose([one, two], rank=4).rank == 4
     assert both.provenance.generator_hash == one.provenance.generator_hash  # one generator made both
     two = replace(two, provenance=replace(two.provenance, generator="other", generator_hash="cafe"))
-    mixed = Patch.compose([one, two]).provenance
-    assert mixed.generator == "tiny + other" and mixed.generator_hash.endswith(" + cafe")
+    mixed = Patch.compose([one, two])
+    assert mixed.provenance.generator == "tiny + other" and mixed.provenance.generator_hash.endswith(" + cafe")
+    assert mixed.provenance.fixed == ()  # each generator's own part has to be there
+    for path in one.factors:
+        delta = [p.factors[path][1] @ p.factors[path][0] for p in (one, two, mixed)]
+        torch.testing.assert_close(delta[2], delta[0] + delta[1], rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="as many weights"):
         Patch.compose([one, two], [1.0])
 
@@ -103,6 +115,9 @@ def test_compose_holds_the_norm_of_the_sum(base: BaseModel, documents: list[str]
         free = Patch.compose([one, two], weights, rank)
         held = Patch.compose([one, two], weights, rank, norm_limit=limit)
         for path, (a, b) in held.factors.items():
+            if path in one.provenance.fixed:
+                torch.testing.assert_close((a, b), one.factors[path])
+                continue
             parts = [w * p.factors[path][1] @ p.factors[path][0] for w, p in zip(weights, (one, two), strict=True)]
             whole = free.factors[path][1] @ free.factors[path][0]
             bound = limit * max(float(part.norm()) for part in parts)

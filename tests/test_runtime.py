@@ -211,8 +211,10 @@ def test_bytes_are_counted_at_one_precision(base: BaseModel, documents: list[str
     assert soft.resident_bytes(base) == tokens * per_token and soft.stored_bytes(base) == tokens * 32 * 2
     kv = kv_memory(base, documents[0])
     assert kv.resident_bytes(base) == tokens * per_token  # the prefix is not the document's
-    patch = Memory(patch=make_generator(base).generate(documents[0]))
-    assert patch.resident_bytes(base) == patch.stored_bytes(base) == 2 * 2 * 6 * (48 + 32)
+    generator = make_generator(base)
+    patch = Memory(patch=generator.generate(documents[0]))
+    numbers = 2 * 6 * (48 + 32) + sum(2 * (module.d_in + module.d_out) for module in generator.hypernet.fixed)
+    assert patch.resident_bytes(base) == patch.stored_bytes(base) == 2 * numbers
 
 
 def test_bad_memories_are_refused(documents: list[str]) -> None:

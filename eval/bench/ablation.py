@@ -66,6 +66,7 @@ def pieces(sites: list[str]) -> Iterator[tuple[str, Change]]:
     yield "strengths of their own (g)", without(".gate.weight")
     yield "moved keys of copies", without(".to_copies.weight")
     yield "moved keys of pointers", without(".to_pointers.weight")
+    yield "adapter", without("adapter_b")
     for index, site in enumerate(sites):
         yield site, without_slots("copy", "point", site=index)
 

@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ class WholePass(Reading):
         self.run, self.ids = run, ids
 
     @property
-    @torch.no_grad()
     def features(self) -> Features:
+        with torch.no_grad():
+            return self._read()
+
+    def adapted(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> Features:
+        with inject(self.run.base.model, adapter):
+            return self._read()
+
+    def _read(self) -> Features:
         encoder, base = self.run.generator.encoder, self.run.base
         blocks, last = decoder_layers(base.model)[1], max(site.layer for site in encoder.sites)
         inputs: list[Tensor] = []
@@ -98,7 +106,8 @@ def straightforward(run: Trainer, drawn: list[tuple[Item, list[Row], list[Row]]]
             WholePass(run, run.generator.encoder.tokenize(item.text)), run.generator.statistics
         )
         capped = run.generator._cap(slots, run.generator.config.rank)
-        factors = {site.path: pair for site, pair in zip(run.generator.sites, capped, strict=True)}
+        changed = [*run.generator.sites, *run.generator.hypernet.fixed]
+        factors = {site.path: pair for site, pair in zip(changed, capped, strict=True)}
         with torch.no_grad():
             bare = [logits(row)[0] for row in unrelated]
         with inject(model, factors):

@@ -18,13 +18,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperlora.hypernet.adapter import adapter_factors, adapter_parameters
 from hyperlora.hypernet.blocks import Block
 from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
 from hyperlora.statistics import SiteStatistics
 
+_ALPHA = 2.5  # of the adapter, which learns too slowly at the rate of the rest
+
 
 class Associative(Hypernet):
-    """Copy slots and pointer slots over a small bidirectional transformer.
+    """Copy slots and pointer slots over a small bidirectional transformer, and an adapter that reads and answers.
 
     For site input x_t, hidden state z_t of the small transformer, unit unembedding e, residual size |h|, strength
     g = reach * sigmoid(w z_t) and shifts d, d' that a small network makes of x_t and z_t:
@@ -33,6 +36,10 @@ class Associative(Hypernet):
       a reply says the same in other words, and without the document before it.
     - pointer: keys from W_k z_t + d', values g' |h| (c' * e(t) + W' z_t): a place predicted from the document, such
       as the end of a question, selects t.
+
+    The adapter is a LoRA on what reads the residual stream in attention, the same for all documents. It is on while the
+    base reads a document and part of every patch: it learns to have a place of the document and the place where a reply
+    needs it say in the same way which fact is meant. Names are hardly told apart without it (docs/research.md).
 
     Args:
         shape: each site writes into the residual stream (d_out = `d_model`).
@@ -43,6 +50,7 @@ class Associative(Hypernet):
             outweigh what the base would rather say.
         moves: width of the network behind d and d'; 0 for none.
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
+        adapter_rank: of the adapter; 0 for none.
     """
 
     name = "associative"
@@ -61,9 +69,10 @@ class Associative(Hypernet):
         reach: float = 4.0,
         moves: int = 128,
         ridge: float = 0.3,
+        adapter_rank: int = 4,
     ):
         super().__init__()
-        self.check(shape, width, heads, moves=(moves, 0))
+        self.check(shape, width, heads, moves=(moves, 0), adapter_rank=(adapter_rank, 0))
         if reach <= 1:
             raise self.refuse(f"reach ({reach}) must be greater than 1")
         sites, d_model = shape.sites, shape.d_model
@@ -76,9 +85,16 @@ class Associative(Hypernet):
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
         self.move = nn.ModuleList(_Move(width, moves, site.d_in, bool(pointers)) for site in sites if moves)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
+        self.adapter_rank = adapter_rank
+        if adapter_rank:
+            self.fixed = [module for module in shape.attention if module not in sites]
+            self.adapter_a, self.adapter_b = adapter_parameters(self.fixed, adapter_rank)
 
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        features = reading.features
+        adapter: dict[str, Factors] = {}
+        if self.fixed:
+            adapter = adapter_factors(self.fixed, self.adapter_rank, self.adapter_a, self.adapter_b, _ALPHA)
+        features = reading.adapted(adapter) if adapter else reading.features
         z = self._read(features)
         mask = features.mask[..., None]
         factors = []
@@ -108,7 +124,8 @@ class Associative(Hypernet):
             a = torch.cat(rows, dim=1)  # (documents, slots, d_in)
             b = torch.cat(columns, dim=1) * (stat.residual_norm / stat.gain)
             factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))
-        return factors
+        documents = len(mask)
+        return factors + [(a.repeat(documents, 1, 1), b.repeat(documents, 1, 1)) for a, b in adapter.values()]
 
     def _read(self, features: Features) -> Tensor:
         """z (documents, tokens, width)."""

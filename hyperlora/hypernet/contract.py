@@ -43,6 +43,10 @@ class Reading(ABC):
         """What the base computes when it reads the chunks as it is; read once, without a gradient."""
 
     @abstractmethod
+    def adapted(self, adapter: Mapping[str, Factors]) -> Features:
+        """What the base computes when it reads the chunks with an adapter of one document on; differentiable in it."""
+
+    @abstractmethod
     def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
         """Have the base, with an adapter of one document on, read every chunk with `tokens` (count, d_model) after it.
 
@@ -54,10 +58,11 @@ class Reading(ABC):
 @dataclass(frozen=True)
 class Shape:
     """What a hypernetwork knows of the base: the `sites` to write to, all `linears` of the layers up to the last of
-    them, and `d_model`."""
+    them, those of their `attention` that do not write to the residual stream, and `d_model`."""
 
     sites: list[Site]
     linears: list[Site]
+    attention: list[Site]
     d_model: int
 
 
@@ -68,14 +73,17 @@ class Hypernet(nn.Module, ABC):
         name: of the architecture, its key in the registry.
         strengths: endings of the names of parameters that set how strong a patch is; they may learn at a rate of their
             own.
+        fixed: modules beside the sites that a patch changes in the same way for every document.
     """
 
     name: ClassVar[str]
     strengths: ClassVar[tuple[str, ...]] = ()
+    fixed: Sequence[Site] = ()
 
     @abstractmethod
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        """Factors per site. Padded documents add zero rows; the rank may exceed the configured one (it is capped)."""
+        """Factors per site, then those of the `fixed` modules. Padded documents add zero rows; the rank at a site may
+        exceed the configured one (it is capped)."""
 
     @classmethod
     def refuse(cls, reason: str) -> InputError:

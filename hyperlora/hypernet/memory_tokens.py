@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from hyperlora.hypernet.adapter import adapter_factors, adapter_parameters
 from hyperlora.hypernet.blocks import Block
 from hyperlora.hypernet.contract import Factors, Hypernet, Reading, Shape
 from hyperlora.hypernet.units import in_units
@@ -62,12 +63,7 @@ class MemoryTokens(Hypernet):
         count = math.ceil(numbers / shape.d_model)
         self.tokens = nn.Parameter(torch.randn(count, shape.d_model))
         self.linears, self.adapter_rank = shape.linears, adapter_rank
-        # All modules' A, random, and B, zero (LoRA, Hu et al. 2021), in one parameter each: ZeRO 3 takes weights away
-        # when the module that owns them is done, and these are needed until the base has read.
-        self.adapter_a = nn.Parameter(
-            torch.cat([torch.randn(adapter_rank * site.d_in) / site.d_in**0.5 for site in shape.linears])
-        )
-        self.adapter_b = nn.Parameter(torch.zeros(adapter_rank * sum(site.d_out for site in shape.linears)))
+        self.adapter_a, self.adapter_b = adapter_parameters(shape.linears, adapter_rank)
         self.layer = nn.Parameter(0.1 * torch.randn(len(self.layers), 1, shape.d_model))
         self.place = nn.Parameter(0.1 * torch.randn(count, shape.d_model))
         self.blocks = nn.ModuleList(Block(shape.d_model, heads) for _ in range(depth))
@@ -75,7 +71,8 @@ class MemoryTokens(Hypernet):
         self.output_scale = nn.Parameter(torch.full((len(shape.sites), rank), scale))
 
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        z = reading.memory(self.tokens, self.adapter(), self.layers)  # (documents, layers, tokens, d_model)
+        adapter = adapter_factors(self.linears, self.adapter_rank, self.adapter_a, self.adapter_b)
+        z = reading.memory(self.tokens, adapter, self.layers)  # (documents, layers, tokens, d_model)
         z = F.rms_norm(z, z.shape[-1:]) + self.layer + self.place
         for across_layers, across_tokens in zip(self.blocks[::2], self.blocks[1::2], strict=True):
             layers, tokens = z.shape[1:3]
@@ -91,13 +88,3 @@ class MemoryTokens(Hypernet):
                 n, m = (next(parts).unflatten(-1, (self.rank, width)) / width**0.5 for width in (site.d_in, site.d_out))
                 factors[number] = in_units(n, m, self.output_scale[number], statistics[number])
         return [factors[number] for number in range(len(factors))]
-
-    def adapter(self) -> dict[str, Factors]:
-        """The LoRA that is on while the base reads: A (1, rank, d_in) and B (1, d_out, rank) per module."""
-        rank = self.adapter_rank
-        downs = self.adapter_a.split([rank * site.d_in for site in self.linears])
-        ups = self.adapter_b.split([rank * site.d_out for site in self.linears])
-        return {
-            site.path: (down.view(1, rank, site.d_in), up.view(1, site.d_out, rank))
-            for site, down, up in zip(self.linears, downs, ups, strict=True)
-        }
