@@ -22,12 +22,12 @@ from hyperlora.data.items import Item
 from hyperlora.data.mix import Mix
 from hyperlora.errors import InputError
 from hyperlora.files import write_text
+from hyperlora.generator import sites_of
 from hyperlora.inject import inject
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.objectives import Row, collate, cross_entropy
 from hyperlora.recipe import Recipe
 from hyperlora.shared_state import SharedState
-from hyperlora.structure import find_sites, text_config
 from hyperlora.training import cosine
 
 _HELD_OUT = 20  # one document in so many validates
@@ -40,9 +40,7 @@ class Adapter(nn.Module):
 
     def __init__(self, base: BaseModel, recipe: Recipe):
         super().__init__()
-        layers = recipe.generator.resolve_layers(text_config(base.model).num_hidden_layers)
-        sites = find_sites(base.model, layers, recipe.generator.modules)
-        fresh = fresh_adapter(base, recipe.generator.rank, sites, recipe.seed)
+        fresh = fresh_adapter(base, recipe.generator.rank, sites_of(base, recipe.generator), recipe.seed)
         self.paths = list(fresh)
         self.a = nn.ParameterList(a.detach() for a, _ in fresh.values())
         self.b = nn.ParameterList(b.detach() for _, b in fresh.values())

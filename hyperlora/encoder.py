@@ -16,6 +16,7 @@ from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
 from hyperlora.structure import Site, decoder_layers
 
+_BATCH_TOKENS = {False: 2048, True: 32768}  # on the CPU, on a GPU
 Timed = Callable[[], AbstractContextManager[None]]
 
 
@@ -34,7 +35,8 @@ class Encoder:
     Args:
         sites: modules whose inputs are kept.
         chunk_tokens: longest piece of a document read at once.
-        batch_tokens: chunks are read together up to this many padded tokens.
+        batch_tokens: chunks are read together up to this many padded tokens; by default as many as keep the device
+            busy.
 
     Attributes:
         packed: leave out the padding with any attention.
@@ -42,11 +44,11 @@ class Encoder:
 
     packed = False
 
-    def __init__(self, base: BaseModel, sites: list[Site], chunk_tokens: int = 512, batch_tokens: int = 2048):
+    def __init__(self, base: BaseModel, sites: list[Site], chunk_tokens: int = 512, batch_tokens: int | None = None):
         self.base = base
         self.sites = sites
         self.chunk_tokens = chunk_tokens
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or _BATCH_TOKENS[base.device.type == "cuda"]
         self._inner, self._blocks = base.model.base_model, decoder_layers(base.model)[1]
         self._last = max(site.layer for site in sites)
         tokenizer = base.tokenizer

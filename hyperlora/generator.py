@@ -57,7 +57,7 @@ class Generator(nn.Module):
     def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
         super().__init__()
         self.config, self.name = config, name
-        self.sites = _sites(base, config)
+        self.sites = sites_of(base, config)
         self.statistics, self.hypernet = _modules(base, config, self.sites)
         self.attach(base)
 
@@ -125,11 +125,10 @@ class Generator(nn.Module):
         )
 
     def calls(self, documents: Sequence[list[int]]) -> int:
-        """How often `factors` calls the hypernetwork: for each batch of short documents, or each chunk of long ones."""
+        """How often `factors` calls the hypernetwork: for each batch of short documents and each chunk of long ones."""
         split = [self.encoder.chunks(ids) for ids in documents]
-        if all(len(chunks) == 1 for chunks in split):
-            return sum(1 for _ in self.encoder.batches([chunks[0] for chunks in split]))
-        return sum(map(len, split))
+        short = [chunks[0] for chunks in split if len(chunks) == 1]
+        return sum(1 for _ in self.encoder.batches(short)) + sum(len(chunks) for chunks in split if len(chunks) > 1)
 
     def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Factors]:
         """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
@@ -145,13 +144,16 @@ class Generator(nn.Module):
         start, encoded = self._now(), (clock or {}).get("encode", 0.0)
         encoder = self.encoder
         split = [encoder.chunks(ids) for ids in documents]
-        if all(len(chunks) == 1 for chunks in split):
-            batches = encoder.batches([chunks[0] for chunks in split])
-            read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
-        else:
-            read = [self._folded(chunks, clock) for chunks in split]
+        short = [number for number, chunks in enumerate(split) if len(chunks) == 1]
+        long = [number for number, chunks in enumerate(split) if len(chunks) > 1]
+        batches = encoder.batches([split[number][0] for number in short])
+        read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
+        read += [self._folded(split[number], clock) for number in long]
         changed = [*self.sites, *self.hypernet.fixed]
         stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(changed)}
+        if short and long:
+            order = torch.tensor([*short, *long]).argsort().to(self.base.device)
+            stacked = {path: (a[order], b[order]) for path, (a, b) in stacked.items()}
         path = self.sites[0].path
         for _ in range(self.calls(documents), calls):
             idle = self._slots([split[0][0][:2]], clock)
@@ -259,7 +261,7 @@ class Generator(nn.Module):
             raise InputError(f"{folder} holds no usable generator ({str(error).splitlines()[0]})") from error
         base = base or load_base(wanted.base, **options)
         check_base(wanted, base.fingerprint, base.name)
-        sites = _sites(base, config)
+        sites = sites_of(base, config)
         if record.get("sites") != [site.to_dict() for site in sites]:
             raise InputError(f"{folder} was trained on other modules of {base.name} than are found now; train it again")
         with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
@@ -286,9 +288,10 @@ class Generator(nn.Module):
         return push_folder(self.save_pretrained, repository, private, token)
 
 
-def _sites(base: BaseModel, config: GeneratorConfig) -> list[Site]:
+def sites_of(base: BaseModel, config: GeneratorConfig) -> list[Site]:
+    """The modules of a base that patches of such a generator change. Raises UnsupportedBase."""
     layers = config.resolve_layers(text_config(base.model).num_hidden_layers)
-    return find_sites(base.model, layers, config.modules)
+    return find_sites(base.model, layers, config.modules) if config.modules else attention_outputs(base.model, layers)
 
 
 def _modules(base: BaseModel, config: GeneratorConfig, sites: list[Site]) -> tuple[nn.ModuleList, Hypernet]:

@@ -11,9 +11,10 @@ class GeneratorConfig(BaseModel):
     Attributes:
         hypernet: architecture, a key of `HYPERNETS`; `options` are its own settings.
         rank: of the patch, per site.
-        layers: 0-based layers to patch; None spreads `layer_count` of them from a quarter to 85 % of the depth, so that
-            reading a document costs less than a whole forward pass.
-        modules: target modules as endings of their path in a layer; None is the MLP's output projection.
+        layers: 0-based layers to patch; None spreads `layer_count` of them from the middle to 85 % of the depth: what
+            is asked has been understood there, and reading a document costs less than a whole forward pass.
+        modules: target modules as endings of their path in a layer; None is the output projection of attention,
+            where names can be told apart (docs/research.md).
         chunk_tokens: longest piece of document read at once.
         norm_limit: the patch of a document of several chunks moves outputs on generic text at most this many times as
             far as its strongest chunk alone; None does not limit it.
@@ -36,6 +37,6 @@ class GeneratorConfig(BaseModel):
     def resolve_layers(self, total: int) -> list[int]:
         if self.layers is not None:
             return self.layers
-        first, count = round(0.27 * total), min(self.layer_count, total)
+        first, count = max(0, total // 2 - 1), min(self.layer_count, total)
         last = max(first, round(0.85 * total) - 1)
         return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})

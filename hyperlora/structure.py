@@ -75,34 +75,40 @@ def find_sites(model: nn.Module, layers: list[int] | None = None, modules: list[
     Raises:
         UnsupportedBase: no attention or no single MLP output in a layer (recurrent and mixture-of-experts models).
     """
-    config = text_config(model)
-    mixers = set(getattr(config, "layer_types", None) or getattr(config, "block_types", None) or ())
-    if any("attention" not in mixer or "linear" in mixer for mixer in mixers):
-        kinds = ", ".join(sorted(mixers))
-        raise UnsupportedBase(f"{config.model_type} has layers of kind {kinds}: recurrent bases cannot be patched")
-    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
-        raise UnsupportedBase(f"{config.model_type} is a mixture of experts; patches need a dense base model")
     stack, blocks = decoder_layers(model)
-    wanted = range(len(blocks)) if layers is None else layers
+    layers = _checked(model, range(len(blocks)) if layers is None else layers)
     sites = []
-    for layer in wanted:
-        if not 0 <= layer < len(blocks):
-            raise UnsupportedBase(f"layer {layer} does not exist: this base has layers 0 to {len(blocks) - 1}")
-        for name in _site_names(blocks[layer], config.hidden_size, modules):
+    for layer in layers:
+        for name in _site_names(blocks[layer], text_config(model).hidden_size, modules):
             shape = linear_shape(blocks[layer].get_submodule(name))
             assert shape is not None
             sites.append(Site(f"{stack}.{layer}.{name}", layer, *shape))
     return sites
 
 
+def _checked(model: nn.Module, layers: Iterable[int]) -> list[int]:
+    """The layers. Raises UnsupportedBase where there are none of these, or the base is of a kind without patches."""
+    config, layers = text_config(model), list(layers)
+    mixers = set(getattr(config, "layer_types", None) or getattr(config, "block_types", None) or ())
+    if any("attention" not in mixer or "linear" in mixer for mixer in mixers):
+        kinds = ", ".join(sorted(mixers))
+        raise UnsupportedBase(f"{config.model_type} has layers of kind {kinds}: recurrent bases cannot be patched")
+    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
+        raise UnsupportedBase(f"{config.model_type} is a mixture of experts; patches need a dense base model")
+    count = len(decoder_layers(model)[1])
+    if wrong := [layer for layer in layers if not 0 <= layer < count]:
+        raise UnsupportedBase(f"layer {wrong[0]} does not exist: this base has layers 0 to {count - 1}")
+    return layers
+
+
 def attention_outputs(model: nn.Module, layers: Iterable[int]) -> list[Site]:
     """The module of each layer's attention that writes into the residual stream: the last of that width.
 
     Raises:
-        UnsupportedBase: a layer without attention.
+        UnsupportedBase: a layer without attention (recurrent models), a mixture of experts.
     """
     hidden, sites = text_config(model).hidden_size, []
-    for layer in layers:
+    for layer in _checked(model, layers):
         writing = [site for site in attention_linears(model, [layer]) if site.d_out == hidden]
         if not writing:
             raise UnsupportedBase(f"layer {layer} has no attention that writes into the residual stream")

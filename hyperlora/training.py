@@ -1,5 +1,6 @@
 """The training loop: draw documents, inject their patches, compare with the replies, checkpoint, resume."""
 
+import itertools
 import json
 import math
 import random
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
 from hyperlora import checkpoint, ranks
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
+from hyperlora.data.ahead import ahead
+from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
 from hyperlora.data.sources import load
@@ -35,7 +39,12 @@ from hyperlora.student import Student, checkpoint_layers
 
 _FREE = ("checkpointing", "evaluation", "save_every", "steps")  # what a resumed recipe may change
 _SAME_REQUEST = 2.0  # seconds
+# Without cuDNN's, which plans anew for every shape: a third of a step where every batch has another.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
+
+# The documents of a micro-batch, the rows of what is asked of them, and rows of unrelated text.
+Micro = tuple[list[Item], list[Row], list[Row]]
 
 
 class Trainer:
@@ -80,6 +89,7 @@ class Trainer:
         self.step = 0
         self.unrelated_drawn = 0
         self.skipped = 0
+        self._drawn: Iterator[tuple[list[Micro], list[int], int]] | None = None
 
     def _engine(self, zero: dict[str, Any] | None) -> Engine:
         recipe, hypernet = self.recipe, self.generator.hypernet
@@ -110,14 +120,22 @@ class Trainer:
                 rows.append(self.student.text(index, text))
         return [row for row in rows if row.labels > 0]
 
+    def _draw(self) -> Iterator[tuple[list[Micro], list[int], int]]:
+        """Of every step from this one on: its micro-batches and how much has been drawn after it."""
+        for step in itertools.count(self.step):
+            micro = []
+            for _ in range(self.recipe.micro_batches):
+                drawn = [self.mix.draw(step) for _ in range(self.recipe.documents)]
+                rows = [row for index, (item, rng) in enumerate(drawn) for row in self.student.rows(index, item, rng)]
+                micro.append(([item for item, _ in drawn], rows, self._unrelated_rows()))
+            yield micro, list(self.mix.state), self.unrelated_drawn
+
     def train_step(self) -> dict[str, float]:
         """One optimizer step over `micro_batches` batches; returns its metrics (losses in nats per token)."""
-        recipe = self.recipe
-        micro = []
-        for _ in range(recipe.micro_batches):
-            drawn = [self.mix.draw(self.step) for _ in range(recipe.documents)]
-            rows = [row for index, (item, rng) in enumerate(drawn) for row in self.student.rows(index, item, rng)]
-            micro.append(([item for item, _ in drawn], rows, self._unrelated_rows()))
+        if self._drawn is None:
+            # On the CPU another process would take from what trains.
+            self._drawn = ahead(self._draw) if self.base.device.type == "cuda" else self._draw()
+        micro, self.mix.state, self.unrelated_drawn = next(self._drawn)
         # Divided by the labels of all micro-batches, so that the split changes nothing.
         labels = sum(row.labels for _, rows, _ in micro for row in rows)
         others = sum(row.labels for _, _, rows in micro for row in rows)
@@ -134,6 +152,7 @@ class Trainer:
             if unrelated:
                 totals["unrelated"] += self.student.drift(leaves, unrelated, others)
             self.engine.backward(joined(factors, leaves), last=number == len(mine))
+        recipe = self.recipe
         norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == _PATIENCE:
@@ -157,9 +176,10 @@ class Trainer:
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
-            with _memory_errors(self.recipe):
+            with _memory_errors(self.recipe), sdpa_kernel(_ATTENTION):
                 self._run(bar, stop, on_metrics)
         finally:
+            self._drawn = None
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -258,6 +278,7 @@ class Trainer:
         with self.engine.whole():
             loaded.restore(self.generator)
         self.engine.load(found)
+        self._drawn = None
         self.step, self.mix.state, self.unrelated_drawn = position["step"], position["drawn"], position["unrelated"]
         self._forget_metrics_after(self.step)
         return True

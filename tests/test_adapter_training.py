@@ -38,6 +38,7 @@ def asking(recipe: Recipe, tmp_path: Path) -> Recipe:
         "save_every": 4,
         "warmup": 2,
         "unrelated": None,
+        "generator": {**recipe.generator.model_dump(), "modules": ["down_proj"]},
     }
     return Recipe.model_validate(content)
 

@@ -32,7 +32,7 @@ def test_contract(any_base: BaseModel, documents: list[str], name: str) -> None:
         assert a.shape == (2, b.shape[2], site.d_in) and b.shape[:2] == (2, site.d_out)
         loss = loss + torch.tanh(b @ a).square().sum()
         alone = generator.hypernet(generator.encoder.open(ids[1:]), generator.statistics)[index]
-        torch.testing.assert_close((b @ a)[1], (alone[1] @ alone[0])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((b @ a)[1], (alone[1] @ alone[0])[0], rtol=1e-4, atol=1e-4)
     loss.backward()
     silent = [n for n, p in generator.hypernet.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
@@ -82,7 +82,7 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
     with_others = capped.factors([capped.encoder.tokenize(text) for text in documents])
     alone = capped.factors([capped.encoder.tokenize(documents[1])])
     for path, (a, b) in alone.items():
-        torch.testing.assert_close((with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((with_others[path][1] @ with_others[path][0])[1], (b @ a)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_keys_are_those_of_the_inputs_until_they_are_moved(base: BaseModel, documents: list[str]) -> None:
@@ -232,7 +232,7 @@ def test_rows_of_memory_become_rows_of_factors(base: BaseModel, documents: list[
         zip(hypernet(reading, generator.statistics), generator.statistics, strict=True)
     ):
         numbers = hypernet.norm(z[0, row]).flatten()
-        n, m = numbers[: 3 * 48].view(3, 48) / 48**0.5, numbers[3 * 48 : 3 * 80].view(3, 32) / 32**0.5
+        n, m = (part.view(3, 32) / 32**0.5 for part in numbers[: 3 * 64].split(3 * 32))
         torch.testing.assert_close(a[0] @ stat.moment.dense(), n * stat.moment.diagonal.sqrt(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(b[0].T * stat.gain / stat.residual_norm, 0.01 * m)
 

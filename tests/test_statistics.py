@@ -37,7 +37,7 @@ def test_factor_squares_to_the_metric() -> None:
 
 def test_calibration_measures_the_inputs_of_the_module() -> None:
     base = make_base()
-    generator = make_generator(base, moment_directions=48, ridge=1e-9)
+    generator = make_generator(base, moment_directions=32, ridge=1e-9)
     texts = [generator.encoder.sink + generator.encoder.tokenize(t)[:512] for t in (TEXT, TEXT[::-1])]
     seen: list[torch.Tensor] = []
     module = base.model.get_submodule(generator.sites[1].path)

@@ -134,6 +134,7 @@ def measure(recipe: Recipe, steps: int, peak: float | None) -> dict[str, Any]:
     run = start(recipe, folder, "bench")
     caught: list[Tensor] = []
     run.engine.step = lambda rates: caught.append(gradients(run)) or 0.0  # type: ignore[func-returns-value]
+    run._drawn = run._draw()  # here, so that both loops get the same
     seconds: dict[str, list[float]] = {"loop": [], "straightforward": []}
     differences, operations = [], 0.0
     for number in range(steps + 1):  # the first warms up
