@@ -23,6 +23,7 @@ from hyperlora.data.mix import Mix
 from hyperlora.errors import InputError
 from hyperlora.files import write_text
 from hyperlora.generator import sites_of
+from hyperlora.groups import padded_groups
 from hyperlora.inject import inject
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.objectives import Row, collate, cross_entropy
@@ -33,6 +34,7 @@ from hyperlora.training import cosine
 _HELD_OUT = 20  # one document in so many validates
 _VALIDATION = 64  # documents
 _BATCH = 8  # rows at once in validation
+_BATCH_TOKENS = 16384  # padded tokens at once in training
 
 
 class Adapter(nn.Module):
@@ -113,14 +115,17 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
         if rows:
             for group in optimizer.param_groups:
                 group["lr"] = cosine(rate, step, recipe.warmup, recipe.steps)
-            batch = collate(rows, base.device)
-            with inject(base.model, adapter.factors()):
-                loss = cross_entropy(base.model, batch) / len(batch.targets)
-                loss.backward()
+            labels, total = sum(row.labels for row in rows), 0.0
+            for numbers in padded_groups([len(row.ids) for row in rows], _BATCH_TOKENS):
+                batch = collate([rows[number] for number in numbers], base.device)
+                with inject(base.model, adapter.factors()):
+                    loss = cross_entropy(base.model, batch) / labels
+                    loss.backward()
+                total += float(loss.detach())
             nn.utils.clip_grad_norm_(adapter.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+            bar.set_postfix(loss=f"{total:.3f}")
         step += 1
         bar.update()
         if step % recipe.save_every == 0 or step == until:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.base_model import BaseModel
+from hyperlora.groups import padded_groups
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids, encode
 from hyperlora.prompt_reader import PlainReader, Prompt, Reader, open_reader
@@ -48,7 +49,7 @@ class Runtime:
         """
         read = [m for m in memories if m.kv is None and (m.shared is None or m.shared.rule is None)]
         found: dict[int, Memory] = {}
-        for group in self._groups([self._slot(memory) for memory in read]):
+        for group in padded_groups([self._slot(memory) for memory in read], self.batch_tokens):
             batch = [read[index] for index in group]
             reader = PlainReader(self.base, batch, [], self.chunk_tokens)
             with reader:
@@ -57,7 +58,7 @@ class Runtime:
 
     def groups(self, memories: Sequence[Memory]) -> Iterator[list[int]]:
         """Numbers of the memories that may be held as keys and values at the same time."""
-        return self._groups([self._slot(memory) for memory in memories])
+        return padded_groups([self._slot(memory) for memory in memories], self.batch_tokens)
 
     @torch.no_grad()
     def scored(
@@ -173,18 +174,8 @@ class Runtime:
     ) -> Iterator[tuple[list[int], list[Prompt]]]:
         """Prompts of like length together, at least one at a time; their numbers and themselves."""
         size = [self._slot(memories[p.memory]) + len(p.ids) + more for p, more in zip(prompts, extra, strict=True)]
-        for batch in self._groups(size):
+        for batch in padded_groups(size, self.batch_tokens):
             yield batch, [prompts[i] for i in batch]
-
-    def _groups(self, size: Sequence[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for index in sorted(range(len(size)), key=lambda index: (-size[index], index)):
-            if batch and size[batch[0]] * (len(batch) + 1) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
     def _slot(self, memory: Memory) -> int:
         """Tokens that stand before the prompt."""

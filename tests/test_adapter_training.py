@@ -63,6 +63,15 @@ def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_
     assert runtime.log_likelihood([Memory()], ask)[0].mean() < adapted
 
 
+def test_questions_in_several_batches_train_alike(
+    asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [train_adapter(asking, base, [1e-2], tmp_path / "whole")["adapter"]]
+    monkeypatch.setattr("hyperlora.adapter_training._BATCH_TOKENS", 1)  # each by itself
+    losses.append(train_adapter(asking, base, [1e-2], tmp_path / "parts")["adapter"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
 def test_a_killed_run_goes_on_to_the_same_adapter(
     asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

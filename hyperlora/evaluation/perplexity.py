@@ -1,7 +1,7 @@
 """How likely a language model finds given texts. Any base does, so that one model's replies can be read by another."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
+from hyperlora.groups import padded_groups
 from hyperlora.objectives import Row, collate, label_logits
 from hyperlora.prompt import document_ids
 from hyperlora.structure import text_config
@@ -33,9 +34,10 @@ def text_nll(
         if len(row) > limit:
             raise InputError(f"text {number} has {len(row)} tokens, {base.name} reads {limit}; cut it into parts")
     scores = [(0.0, 0)] * len(ids)
-    order = sorted((index for index, row in enumerate(ids) if len(row) > 1), key=lambda index: len(ids[index]))
-    with tqdm(total=len(order), unit="text", desc=progress, disable=progress is None) as bar:
-        for group in _batches(order, ids, batch_tokens):
+    read = [index for index, row in enumerate(ids) if len(row) > 1]
+    with tqdm(total=len(read), unit="text", desc=progress, disable=progress is None) as bar:
+        for numbers in padded_groups([len(ids[index]) for index in read], batch_tokens):
+            group = [read[number] for number in numbers]
             batch = collate([Row(index, ids[index], 1) for index in group], base.device)
             losses = F.cross_entropy(label_logits(base.model, batch), batch.targets, reduction="none")
             for index, part in zip(group, losses.split(batch.labelled.sum(1).tolist()), strict=True):
@@ -50,15 +52,3 @@ def perplexity(scores: Sequence[tuple[float, int]]) -> float:
     if not tokens:
         raise InputError("the texts have no tokens to score; give at least one that is not empty")
     return math.exp(nats / tokens)
-
-
-def _batches(order: list[int], ids: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Consecutive indices of rows, sorted by length, whose padded size stays within `batch_tokens`."""
-    group: list[int] = []
-    for index in order:
-        if group and len(ids[index]) * (len(group) + 1) > batch_tokens:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
