@@ -98,8 +98,11 @@ class Generator(nn.Module):
             raise InputError(_NON_FINITE) from error
         origin, patches = self.provenance, []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            own = {path: (a[index].clone(), b[index].clone()) for path, (a, b) in factors.items()}
-            own |= _trimmed({site.path: own[site.path] for site in self.sites})
+            own = {site.path: (factors[site.path][0][index], factors[site.path][1][index]) for site in self.sites}
+            own = _trimmed(own)
+            for module in self.hypernet.fixed:
+                a, b = factors[module.path]
+                own[module.path] = a[0].clone(), b[0].clone()
             if not all(bool(torch.isfinite(t).all()) for pair in own.values() for t in pair):
                 raise InputError(_NON_FINITE)
             document = {"sha256": sha256(text.encode()), "tokens": len(tokens), "weight": 1.0}
@@ -133,8 +136,9 @@ class Generator(nn.Module):
     def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Factors]:
         """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
 
-        Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank). Memory does not grow with
-        a document's length: chunks are folded one after the other into a patch of `WORKING_RANKS` times the rank.
+        Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank); once where a module is
+        changed in the same way for every document. Memory does not grow with a document's length: chunks are folded one
+        after the other into a patch of `WORKING_RANKS` times the rank.
 
         Args:
             clock: see `generate`.
@@ -149,11 +153,12 @@ class Generator(nn.Module):
         batches = encoder.batches([split[number][0] for number in short])
         read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
         read += [self._folded(split[number], clock) for number in long]
-        changed = [*self.sites, *self.hypernet.fixed]
-        stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(changed)}
+        stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
         if short and long:
             order = torch.tensor([*short, *long]).argsort().to(self.base.device)
             stacked = {path: (a[order], b[order]) for path, (a, b) in stacked.items()}
+        same = read[0][len(self.sites) :]
+        stacked |= {module.path: pair for module, pair in zip(self.hypernet.fixed, same, strict=True)}
         path = self.sites[0].path
         for _ in range(self.calls(documents), calls):
             idle = self._slots([split[0][0][:2]], clock)

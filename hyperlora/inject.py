@@ -29,7 +29,7 @@ def inject(
     """Add `B A x` to the output of every named module inside the block.
 
     Args:
-        factors: per module path, for a batch of documents.
+        factors: per module path, for a batch of documents, or one that is the same for all of them.
         rows: (batch,) the document of each example. Default: the examples of a document stand together, equally
             many for each. Beam search repeats each example, and its rows with it.
         gate: at which tokens the factors act; default everywhere.
@@ -42,7 +42,7 @@ def inject(
         blocks, counts = torch.unique_consecutive(rows, return_counts=True)
         # Neighbours share one copy of their document's factors where that gives blocks of equal size.
         order = blocks if bool((counts == counts[0]).all()) else rows
-        factors = {path: (a[order], b[order]) for path, (a, b) in factors.items()}
+        factors = {path: (a, b) if len(a) == 1 else (a[order], b[order]) for path, (a, b) in factors.items()}
         examples = len(rows)
     handles = [
         model.get_submodule(path).register_forward_hook(_adder(a, b, examples, gate))

@@ -124,8 +124,7 @@ class Associative(Hypernet):
             a = torch.cat(rows, dim=1)  # (documents, slots, d_in)
             b = torch.cat(columns, dim=1) * (stat.residual_norm / stat.gain)
             factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))
-        documents = len(mask)
-        return factors + [(a.repeat(documents, 1, 1), b.repeat(documents, 1, 1)) for a, b in adapter.values()]
+        return factors + list(adapter.values())
 
     def _read(self, features: Features) -> Tensor:
         """z (documents, tokens, width)."""

@@ -11,7 +11,8 @@ from hyperlora.errors import InputError
 from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
 
-# Factors of one site for a batch of documents: A (documents, rank, d_in) and B (documents, d_out, rank).
+# Factors of one site for a batch of documents: A (documents, rank, d_in) and B (documents, d_out, rank); where they are
+# the same for all documents, once.
 Factors = tuple[Tensor, Tensor]
 
 
@@ -82,8 +83,8 @@ class Hypernet(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        """Factors per site, then those of the `fixed` modules. Padded documents add zero rows; the rank at a site may
-        exceed the configured one (it is capped)."""
+        """Factors per site, then those of the `fixed` modules, once. Padded documents add zero rows; the rank at a site
+        may exceed the configured one (it is capped)."""
 
     @classmethod
     def refuse(cls, reason: str) -> InputError:
