@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hyperlora.patch import Patch
 
-# Per module path: A (documents, rank, d_in) and B (documents, d_out, rank); the scale is folded in.
+# Per module path: A (documents, rank, d_in) and B (documents, d_out, rank), or one of each for all documents; the scale
+# is folded in.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 

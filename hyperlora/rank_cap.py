@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hyperlora.statistics import SecondMoment
 
-_MANY = 4  # rows and outputs to a rank from which the subspace is found by so many steps of iteration
+_MANY = 4  # outputs to a rank from which the subspace is found by so many steps of iteration
 _STEPS = 5
 
 
@@ -14,9 +14,10 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     when `moment` is None).
 
     The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Where they are few of
-    many (padding counts), U is found by iteration, and where singular values fall off, what is kept is the most that
-    can be but for a thousandth. Gradients flow through B A and treat the subspace U as a constant: the derivative of an
-    SVD explodes where singular values meet.
+    the outputs, U is found by iteration, and where singular values fall off, what is kept is the most that can be but
+    for a few thousandths. How many rows there are does not matter, so that a patch does not depend on the padding of its
+    batch. Gradients flow through B A and treat the subspace U as a constant: the derivative of an SVD explodes where
+    singular values meet.
     Where no more than `rank` rows of A are not zero, they are kept as they are: nothing is lost, and the gradient does
     not depend on how many rows of padding a batch adds.
 
@@ -26,7 +27,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
 
     Returns:
         A' (..., r, d_in) and B' (..., d_out, r) with r = min(rank, rows), row i of A' and column i of B' of equal
-        norm, strongest first when the rank was reduced.
+        norm; the strongest first, nearly so after iteration, when the rank was reduced.
     """
     if a.shape[-2] <= rank:
         return _balanced(a, b)
@@ -53,10 +54,10 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Tensor:
-    """Leading `rank` left singular vectors of b a C^(1/2), strongest first."""
+    """Leading `rank` left singular vectors of b a C^(1/2), strongest first where they are exact."""
     rows, d_out = a.shape[-2], b.shape[-2]
     root = a if moment is None else moment.factor(a)  # (..., rows, d_in + directions)
-    if min(rows, d_out) >= _MANY * rank:
+    if d_out >= _MANY * rank:
         return _iterated(b, root, rank)
     if rows >= d_out:
         product = b @ root

@@ -159,8 +159,9 @@ def _site_names(block: nn.Module, hidden: int, modules: list[str] | None) -> lis
 def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """How much of a change of `site`'s output arrives in the residual stream, per channel, by perturbing it.
 
-    Exactly one for a plain pre-norm block; a post-norm (Gemma 3) or a residual multiplier scales it. `args` and
-    `kwargs` are what the block was called with and `output` (batch, tokens, d_out) what it returned.
+    Exactly one for an MLP's output in a plain pre-norm block, near one for attention's, which the layer's MLP reads
+    too; a post-norm (Gemma 3) or a residual multiplier scales it. `args` and `kwargs` are what the block was called
+    with and `output` (batch, tokens, d_out) what it returned.
     The first token, an attention sink, is left out. Returns (d_out,) in float32.
     """
     moves: list[Tensor] = []

@@ -97,7 +97,7 @@ class Student:
         """Leave the gradient of the rows' losses in the factors; these rows' parts of the means over the step.
 
         Args:
-            factors: leaves, A and B of every document.
+            factors: leaves; see `inject`.
             labels: of the whole step.
 
         Returns:

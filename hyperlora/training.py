@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -89,7 +90,7 @@ class Trainer:
         self.step = 0
         self.unrelated_drawn = 0
         self.skipped = 0
-        self._drawn: Iterator[tuple[list[Micro], list[int], int]] | None = None
+        self._drawn: abc.Generator[tuple[list[Micro], list[int], int], None, None] | None = None
 
     def _engine(self, zero: dict[str, Any] | None) -> Engine:
         recipe, hypernet = self.recipe, self.generator.hypernet
@@ -120,7 +121,7 @@ class Trainer:
                 rows.append(self.student.text(index, text))
         return [row for row in rows if row.labels > 0]
 
-    def _draw(self) -> Iterator[tuple[list[Micro], list[int], int]]:
+    def _draw(self) -> abc.Generator[tuple[list[Micro], list[int], int], None, None]:
         """Of every step from this one on: its micro-batches and how much has been drawn after it."""
         for step in itertools.count(self.step):
             micro = []
@@ -130,6 +131,7 @@ class Trainer:
                 micro.append(([item for item, _ in drawn], rows, self._unrelated_rows()))
             yield micro, list(self.mix.state), self.unrelated_drawn
 
+    @sdpa_kernel(_ATTENTION)
     def train_step(self) -> dict[str, float]:
         """One optimizer step over `micro_batches` batches; returns its metrics (losses in nats per token)."""
         if self._drawn is None:
@@ -176,9 +178,11 @@ class Trainer:
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
-            with _memory_errors(self.recipe), sdpa_kernel(_ATTENTION):
+            with _memory_errors(self.recipe):
                 self._run(bar, stop, on_metrics)
         finally:
+            if self._drawn is not None:
+                self._drawn.close()
             self._drawn = None
             bar.close()
             for number, handler in previous.items():
@@ -245,6 +249,7 @@ class Trainer:
             "drawn": self.mix.state,
             "unrelated": self.unrelated_drawn,
             "layout": self.engine.layout,
+            "sites": [site.path for site in self.generator.sites],
             "fingerprint": vars(self.base.fingerprint),
             "recipe": self.recipe.model_dump(mode="json"),
         }
@@ -274,6 +279,11 @@ class Trainer:
         if position.get("fingerprint", own := vars(self.base.fingerprint)) != own:
             raise InputError(
                 f"{self.folder} holds a run on another base than {self.base.name}; choose another -o, or --base"
+            )
+        if position.get("sites", sites := [site.path for site in self.generator.sites]) != sites:
+            raise InputError(
+                f"{self.folder} holds a run on other modules, such as the default of an earlier version; "
+                "choose another -o"
             )
         with self.engine.whole():
             loaded.restore(self.generator)

@@ -10,6 +10,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.checkpoint import find, load
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
+from hyperlora.generator import sites_of
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document
 from hyperlora.recipe import Recipe
@@ -61,6 +62,12 @@ def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_
     full = runtime.log_likelihood(METHODS["full"](base, None).compile([document]), ask)[0].mean()
     assert adapted > full + 0.1
     assert runtime.log_likelihood([Memory()], ask)[0].mean() < adapted
+
+
+def test_it_changes_the_modules_of_the_generator(recipe: Recipe, base: BaseModel) -> None:
+    paths = Adapter(base, recipe).paths
+    assert paths == [site.path for site in sites_of(base, recipe.generator)]
+    assert all(path.endswith("self_attn.o_proj") for path in paths)
 
 
 def test_questions_in_several_batches_train_alike(

@@ -38,6 +38,15 @@ def test_a_patch_depends_on_its_document_alone(any_base: BaseModel, documents: l
     assert together[0].factors.keys() - set(unlike) == set(together[0].provenance.fixed) != set()
 
 
+def test_long_documents_among_short_ones_change_nothing(base: BaseModel, documents: list[str]) -> None:
+    generator = make_generator(base, chunk_tokens=20)
+    texts = [documents[0] * 2, documents[1][:12], documents[2] * 2, documents[0][:12]]
+    counts = [len(generator.encoder.chunks(generator.encoder.tokenize(text))) for text in texts]
+    assert counts[0] > 1 and counts[1] == 1 and counts[2] > 1 and counts[3] == 1
+    for text, patch in zip(texts, generator.generate(texts), strict=True):
+        same(generator.generate(text), patch)
+
+
 def test_rank_is_capped(generator: Generator, documents: list[str]) -> None:
     assert generator.generate(documents[0]).rank == 6
 

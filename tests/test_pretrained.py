@@ -43,9 +43,9 @@ def test_new_facts_come_from_the_right_patch(generator: Generator) -> None:
 
 
 def test_a_patch_is_the_same_alone_batched_and_permuted(generator: Generator) -> None:
-    """Within 1e-5 of the patch's norm, for documents below, at and far above the rank of 64."""
+    """Within 1e-5 of the patch's norm, for documents of some 30, 100 and 400 tokens, at a rank of 64."""
     crew = (Path(__file__).parents[1] / "examples" / "crew.txt").read_text()
-    documents = [item.text for item in fact_items(2, 3) + fact_items(8, 3)] + [crew]
+    documents = [item.text for item in fact_items(2, 3) + fact_items(8, 3) + fact_items(32, 1)] + [crew]
     together = generator.generate(documents)
     permuted = generator.generate(documents[::-1])[::-1]
     for document, *others in zip(documents, together, permuted, strict=True):

@@ -57,14 +57,20 @@ def test_experts_and_recurrent_models_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(UnsupportedBase, match="mixture of experts"):
         find_sites(AutoModelForCausalLM.from_config(experts))
+    with pytest.raises(UnsupportedBase, match="mixture of experts"):
+        attention_outputs(AutoModelForCausalLM.from_config(experts), [0])
     recurrent = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
     with pytest.raises(UnsupportedBase, match="recurrent"):
         find_sites(AutoModelForCausalLM.from_config(recurrent))
+    with pytest.raises(UnsupportedBase, match="recurrent"):
+        attention_outputs(AutoModelForCausalLM.from_config(recurrent), [0])
 
 
 def test_gain_is_one_without_and_measured_with_a_post_norm() -> None:
     for statistic in make_generator(make_base("llama"), modules=["down_proj"]).statistics:
         torch.testing.assert_close(statistic.gain, torch.ones_like(statistic.gain), atol=1e-3, rtol=0)
+    for statistic in make_generator(make_base("llama")).statistics:  # attention's outputs, which the MLP reads too
+        torch.testing.assert_close(statistic.gain, torch.ones_like(statistic.gain), atol=0.2, rtol=0)
     base = make_base("gemma3")
     base.model.model.layers[3].post_feedforward_layernorm.weight.data.fill_(1.0)  # Gemma adds one: a gain of two
     halved = make_generator(base, modules=["mlp.down_proj"]).statistics[1].gain.clone()

@@ -1,30 +1,67 @@
 """Have another process prepare what a GPU will read next, so that it does not wait for the tokenizer."""
 
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
-
-from torch.utils.data import DataLoader, IterableDataset
+import multiprocessing
+import pickle
+import queue
+import signal
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _AHEAD = 8  # how many things are prepared before they are asked for
+_PATIENCE = 5.0  # seconds after which to look whether the process is still there
 
 
-class _Endless(IterableDataset[T], Generic[T]):
-    def __init__(self, make: Callable[[], Iterator[T]]):
-        self._make = make
-
-    def __iter__(self) -> Iterator[T]:
-        return self._make()
-
-
-def ahead(make: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """What the iterator of `make` gives, made by a process of its own.
+def ahead(make: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
+    """What the iterator of `make` gives, made by a process of its own, which ends with this generator.
 
     The process is a copy of this one: what happens to `make`'s objects there is not seen here, and it must leave the
-    GPU alone.
+    GPU alone. Signals that end a run are for this process; the other one takes no notice. What it makes comes as bytes:
+    tensors in shared memory would each hold a file open. Where processes cannot be copied, there is none.
+
+    Raises:
+        RuntimeError: the process was killed, by want of memory perhaps.
+        Exception: whatever `make` raises.
     """
-    loader = DataLoader(
-        _Endless(make), batch_size=None, num_workers=1, prefetch_factor=_AHEAD, multiprocessing_context="fork"
-    )
-    return iter(loader)
+    if "fork" not in multiprocessing.get_all_start_methods():
+        yield from make()
+        return
+    context = multiprocessing.get_context("fork")
+    made: Any = context.Queue(_AHEAD)
+    worker = context.Process(target=_work, args=(make, made), daemon=True)
+    worker.start()
+    try:
+        while True:
+            try:
+                item = pickle.loads(made.get(timeout=_PATIENCE))
+            except queue.Empty:
+                if worker.is_alive():
+                    continue
+                raise RuntimeError(f"the process that draws documents is gone (exit code {worker.exitcode})") from None
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+    finally:
+        worker.kill()
+
+
+class _End:
+    """After the last item, or in the place of one that could not be made."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error = error
+
+
+def _work(make: Callable[[], Iterator[Any]], made: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    end = _End()
+    try:
+        for item in make():
+            made.put(pickle.dumps(item))
+    except Exception as error:  # raised where the item is asked for
+        end = _End(error)
+    made.put(pickle.dumps(end))

@@ -43,7 +43,7 @@ class AdaptedFull(Method):
 
 
 def shipped_adapter() -> Path:
-    """The adapter for the default base, trained beside the shipped generator."""
+    """The adapter for the default base; its card says beside which generator it was trained."""
     return Path(str(files("hyperlora") / "pretrained" / "adapted_full"))
 
 
