@@ -15,9 +15,9 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
 
     The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Where they are few of
     the outputs, U is found by iteration, and where singular values fall off, what is kept is the most that can be but
-    for a few thousandths. How many rows there are does not matter, so that a patch does not depend on the padding of its
-    batch. Gradients flow through B A and treat the subspace U as a constant: the derivative of an SVD explodes where
-    singular values meet.
+    for a few thousandths. How many rows there are does not matter, so that a patch does not depend on the padding of
+    its batch. Gradients flow through B A and treat the subspace U as a constant: the derivative of an SVD explodes
+    where singular values meet.
     Where no more than `rank` rows of A are not zero, they are kept as they are: nothing is lost, and the gradient does
     not depend on how many rows of padding a batch adds.
 
