@@ -16,7 +16,7 @@ from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
 from hyperlora.structure import Site, decoder_layers
 
-_BATCH_TOKENS = {False: 2048, True: 32768}  # on the CPU, on a GPU
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 Timed = Callable[[], AbstractContextManager[None]]
 
 
@@ -48,7 +48,7 @@ class Encoder:
         self.base = base
         self.sites = sites
         self.chunk_tokens = chunk_tokens
-        self.batch_tokens = batch_tokens or _BATCH_TOKENS[base.device.type == "cuda"]
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(base.device.type, BATCH_TOKENS["cpu"])
         self._inner, self._blocks = base.model.base_model, decoder_layers(base.model)[1]
         self._last = max(site.layer for site in sites)
         tokenizer = base.tokenizer

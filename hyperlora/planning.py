@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound, locate
+from hyperlora.encoder import BATCH_TOKENS
 from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
 from hyperlora.inject import inject
@@ -101,8 +102,10 @@ def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Lo
     return loads
 
 
-def plan(recipe: Recipe, base: str | None, documents: int, loads: list[Load], dtype: torch.dtype) -> MicroBatch:
-    """Sizes of a micro-batch of `documents`.
+def plan(
+    recipe: Recipe, base: str | None, documents: int, loads: list[Load], dtype: torch.dtype, device: str = "cpu"
+) -> MicroBatch:
+    """Sizes of a micro-batch of `documents`; on a `device` of type "cuda" more of them are read together.
 
     Raises:
         BaseNotFound: there is no config of that base.
@@ -112,6 +115,7 @@ def plan(recipe: Recipe, base: str | None, documents: int, loads: list[Load], dt
     with FakeTensorMode():
         model = _bare(config, dtype)
         generator = Generator(model, recipe.generator)
+        generator.encoder.batch_tokens = BATCH_TOKENS[device]
         if recipe.checkpointing:
             generator.through = partial(checkpointed, generator.hypernet, use_reentrant=False)
             checkpoint_layers(model.model)

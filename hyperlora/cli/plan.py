@@ -56,7 +56,7 @@ def plan(
     kind = loading.base_options(None, dtype, None, False)["dtype"]
     rows = []
     for count in tqdm(counts, unit="plan", disable=None, leave=False):
-        step = planning.plan(checked, base, count, loads, kind)
+        step = planning.plan(checked, base, count, loads, kind, "cuda")
         memories = {stage: planning.memory(step, stage, gpus) for stage in STAGES}
         flops = step.flops * checked.micro_batches / gpus
         rows.append((step, memories, flops))
