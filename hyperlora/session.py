@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,12 +48,13 @@ class Session:
         shared: SharedState | None = None,
         cached: bool = True,
     ):
-        if base.attention not in _MASKED:  # flash-attention takes no masks of our own
-            base.model.set_attn_implementation("sdpa")
         self.base, self.shared, self.rows = base, shared, rows
         self._factors, self._patch_rows = factors, patch_rows
         self._windows = attention_windows(base)
         self._cache: Any = growing_cache() if cached else None
+        # Models with code of their own, and transformers before 5.24, say `past_key_values`.
+        known = signature(base.model.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"
         self._gate = TokenGate()
         self._block = ExitStack()
         self.places = torch.empty(rows, 0, dtype=torch.long, device=base.device)
@@ -62,6 +64,9 @@ class Session:
         self.next_position = torch.zeros(rows, dtype=torch.long, device=base.device)
 
     def __enter__(self) -> Session:
+        self._used = self.base.attention
+        if self._used not in _MASKED:  # flash-attention takes no masks of our own
+            self.base.model.set_attn_implementation("sdpa")
         self._inject()
         return self
 
@@ -73,6 +78,8 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self._block.close()
+        if self._used not in _MASKED:
+            self.base.model.set_attn_implementation(self._used)
 
     # -- the cache ----------------------------------------------------------------------------------------------------
 
@@ -198,8 +205,8 @@ class Session:
                 inputs_embeds=embedded,
                 attention_mask=self._masks(seen, positions, itself & (places < 0)[:, :, None]),
                 position_ids=positions,
-                past_key_values=self._cache,
                 use_cache=self._cache is not None,
+                **{self._cache_name: self._cache},
             )
         return output.logits.float()
 

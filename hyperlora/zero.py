@@ -86,7 +86,12 @@ class ZeroEngine(Engine):
 
     def save(self, folder: Path) -> None:
         state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-        self.engine.save_checkpoint(str(folder), tag=_SHARDS, client_state=state, save_latest=False)
+        try:
+            self.engine.save_checkpoint(str(folder), tag=_SHARDS, client_state=state, save_latest=False)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(f"the disk is full, or its limit for a file is reached ({folder})") from error
 
     def load(self, folder: Path) -> None:
         path, _ = self.engine.load_checkpoint(str(folder), tag=self.tag)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
@@ -241,3 +242,18 @@ def test_text_with_nothing_before_it_is_refused() -> None:
     assert (
         len(runtime.log_likelihood([text_memory(base, "Salt.")], [runtime.continuation(0, "The ferry leaves.")])) == 1
     )
+
+
+def test_attention_without_masks_is_left_aside_for_the_block_only(base: BaseModel, documents: list[str]) -> None:
+    """As flash-attention is, here by another name that knows no masks."""
+    runtime = Runtime(base)
+    ask = [runtime.question(0, QUESTIONS[0], "eleven songs")]
+    expected = runtime.log_likelihood([text_memory(base, documents[0])], ask)[0]
+
+    def unmasked(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    AttentionInterface.register("unmasked", unmasked)
+    base.model.set_attn_implementation("unmasked")
+    torch.testing.assert_close(runtime.log_likelihood([text_memory(base, documents[0])], ask)[0], expected)
+    assert base.attention == "unmasked"

@@ -160,6 +160,22 @@ def test_ctrl_c_saves_under_a_launcher(recipe: Recipe, recipe_file: Path, tmp_pa
     assert 4 <= reached < 400 and len(losses(folder)) == reached
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe_file.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"steps": 60, "save_every": 30}))
+    folder = tmp_path / "run"
+    process = launch(1, recipe_file, "-o", folder, "--deepspeed", CONFIGS / "zero1.json")
+    after(4, folder, process)
+    trained = psutil.Process(process.pid).children()[0]
+    trained.rlimit(psutil.RLIMIT_FSIZE, (60_000, 60_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in err.split("hyperlora: error:")[0], err[-3000:]
+    assert f"cannot write {folder / 'checkpoint'}: the disk is full" in err
+    assert json.loads((folder / "checkpoint" / "position.json").read_text())["step"] == 0
+    assert not (folder / "checkpoint.partial").exists()
+
+
 def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     for settings, message in (
