@@ -111,8 +111,8 @@ class Calibration(_Strict):
 
 
 class Evaluation(_Strict):
-    """Items that are scored during training with the patch, another document's patch and none; `new_attributes`: facts
-    of kinds that are never trained on."""
+    """Items that are scored during training with the patch and another document's patch; `new_attributes`: facts of
+    kinds that are never trained on."""
 
     every: Positive = 50
     items: Positive = 32
