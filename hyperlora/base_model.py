@@ -71,7 +71,7 @@ class BaseModel:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a reply."""
-        ids = set(self.prompt.end_ids(self.tokenizer)[:1])
+        ids = self.prompt.stop_ids(self.tokenizer)
         if self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
         return sorted(ids)

@@ -1,7 +1,7 @@
 """Document -> tensors: the frozen base reads the document and what it computes on the way is kept."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperlora.activations import stored
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.hypernet.contract import Factors, Features, Reading
@@ -99,7 +100,7 @@ class Encoder:
         skip = len(self.sink)
         real = nn.functional.pad(mask, (skip, 0), value=True)
         try:
-            with nullcontext() if adapter else torch.no_grad(), inject(base.model, adapter or {}), self._stored():
+            with nullcontext() if adapter else torch.no_grad(), inject(base.model, adapter or {}), stored(self._blocks):
                 kept |= self._until_the_last([self._last], real, input_ids=ids)
         finally:
             for handle in handles:
@@ -133,7 +134,7 @@ class Encoder:
         rows = torch.arange(len(chunks), device=ids.device)[:, None]
         embeds = embeds.index_put((rows, places), (size[:, None, None] * tokens).to(embeds.dtype))
         real = torch.arange(embeds.shape[1], device=ids.device) < begin[:, None] + count
-        with inject(self.base.model, adapter), self._stored():
+        with inject(self.base.model, adapter), stored(self._blocks):
             kept = self._until_the_last(layers, real, inputs_embeds=embeds)
         behind = [_spread(kept[_behind(layer)], real)[rows, places].float() for layer in layers]
         return torch.stack(behind, dim=1)
@@ -172,19 +173,6 @@ class Encoder:
             for handle in handles:
                 handle.remove()
         return kept
-
-    @contextmanager
-    def _stored(self) -> Iterator[None]:
-        """Keep the activations inside layers, whatever checkpointing says: a layer that ran again in the backward pass
-        would do so without the adapter."""
-        before = [block.training for block in self._blocks]
-        try:
-            for block in self._blocks:
-                block.training = False
-            yield
-        finally:
-            for block, training in zip(self._blocks, before, strict=True):
-                block.training = training
 
 
 class ChunkReading(Reading):

@@ -1,12 +1,14 @@
-"""Writing so that nothing is ever half there: to a temporary name beside the target, then renamed."""
+"""Writing so that nothing is ever half there: to a temporary name beside the target, then renamed, or line by line."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -63,6 +65,30 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """What `keep` has appended to a file, by key; of two with one key the last. A line that a kill cut short is passed
+    over."""
+    kept = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = json.loads(line)
+            kept[record["key"]] = record["value"]
+        except (ValueError, LookupError, TypeError):
+            continue
+    return kept
+
+
+def keep(path: Path, values: Mapping[str, Any]) -> None:
+    """Append values by key to a JSONL file, all of them at once; behind a line that a kill cut short on a new one."""
+    lines = [json.dumps({"key": key, "value": value}).encode() + b"\n" for key, value in values.items()]
+    with path.open("a+b", buffering=0) as file:
+        broken = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            broken = file.read(1) != b"\n"
+        file.write(b"\n" * broken + b"".join(lines))
 
 
 def sha256(data: bytes) -> str:

@@ -53,17 +53,14 @@ class Generator(nn.Module):
     """
 
     through: Callable[..., list[Factors]] | None = None
+    _origin: Provenance | None = None  # of weights that no longer change
 
     def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
         super().__init__()
         self.config, self.name = config, name
         self.sites = sites_of(base, config)
         self.statistics, self.hypernet = _modules(base, config, self.sites)
-        self.attach(base)
-
-    def attach(self, base: BaseModel) -> None:
-        """Read documents with this base from now on."""
-        self.encoder = Encoder(base, self.sites, self.config.chunk_tokens)
+        self.encoder = Encoder(base, self.sites, config.chunk_tokens)
         if any(tensor.device != base.device for tensor in (*self.parameters(), *self.buffers())):
             self.to(base.device)
 
@@ -99,12 +96,10 @@ class Generator(nn.Module):
         origin, patches = self.provenance, []
         for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
             own = {site.path: (factors[site.path][0][index], factors[site.path][1][index]) for site in self.sites}
-            own = _trimmed(own)
-            for module in self.hypernet.fixed:
-                a, b = factors[module.path]
-                own[module.path] = a[0].clone(), b[0].clone()
-            if not all(bool(torch.isfinite(t).all()) for pair in own.values() for t in pair):
+            fixed = {module.path: factors[module.path] for module in self.hypernet.fixed}
+            if not all(bool(torch.isfinite(t).all()) for pair in (*own.values(), *fixed.values()) for t in pair):
                 raise InputError(_NON_FINITE)
+            own = _trimmed(own) | {path: (a[0].clone(), b[0].clone()) for path, (a, b) in fixed.items()}
             document = {"sha256": sha256(text.encode()), "tokens": len(tokens), "weight": 1.0}
             patches.append(Patch(own, replace(origin, documents=(document,))))
         return patches[0] if isinstance(documents, str) else patches
@@ -113,11 +108,13 @@ class Generator(nn.Module):
     def provenance(self) -> Provenance:
         """What the patches of this generator say of their origin, but for the documents. The hash covers the config
         and the weights as they are saved."""
+        if self._origin is not None and not any(weight.requires_grad for weight in self.parameters()):
+            return self._origin
         digest = hashlib.sha256(self.config.model_dump_json().encode())
         for name, tensor in sorted(self._saved_tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.numpy().tobytes())
-        return Provenance(
+        self._origin = Provenance(
             base=self.base.name,
             fingerprint=self.base.fingerprint,
             generator=self.name,
@@ -126,6 +123,7 @@ class Generator(nn.Module):
             transposed=is_transposed(self.base.model.get_submodule(self.sites[0].path)),
             fixed=tuple(module.path for module in self.hypernet.fixed),
         )
+        return self._origin
 
     def calls(self, documents: Sequence[list[int]]) -> int:
         """How often `factors` calls the hypernetwork: for each batch of short documents and each chunk of long ones."""

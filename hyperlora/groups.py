@@ -1,6 +1,9 @@
-"""Which rows of unequal length to run together."""
+"""Which rows to run together: those of like length, and never one that has no other beside it."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def padded_groups(sizes: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -14,3 +17,11 @@ def padded_groups(sizes: Sequence[int], tokens: int) -> Iterator[list[int]]:
         group.append(number)
     if group:
         yield group
+
+
+def partnered(items: Sequence[T], size: int) -> list[list[T]]:
+    """Batches of `size`, and at the end of one more rather than a single item, which has no other beside it."""
+    batches = [list(items[i : i + size]) for i in range(0, len(items), size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches

@@ -157,7 +157,7 @@ class Stream:
             kept = [
                 last[row.clamp(min=0)] >= len(read) for last, row, read in zip(freed, held, self._read, strict=True)
             ]
-            self.session.keep(torch.stack(kept).to(held.device))
+            self.session.keep(torch.stack(kept).to(self.session.places.device))
         return [torch.cat(part) if part else torch.empty(0) for part in parts]
 
     def _stop(self, freed: Tensor, start: int, end: int) -> int:

@@ -113,12 +113,16 @@ class Patch:
         first = patches[0].provenance
         for patch in patches[1:]:
             check_base(patch.provenance, first.fingerprint, first.base)
-        alike = {patch.provenance.generator_hash for patch in patches} == {first.generator_hash}
-        fixed = {path: patches[0].factors[path] for path in first.fixed if alike}
+        kinds = [patch.provenance.generator_hash for patch in patches]
+        fixed = {path: patches[0].factors[path] for path in first.fixed if len(set(kinds)) == 1}
         paths = sorted({path for patch in patches for path in patch.factors} - fixed.keys())
         factors, bounds = {}, {}
         for path in paths:
-            parts = [(w, *p.factors[path]) for w, p in zip(weights, patches, strict=True) if path in p.factors]
+            parts = []
+            for number, (weight, patch) in enumerate(zip(weights, patches, strict=True)):
+                alike = path in patch.provenance.fixed  # as in all patches of its generator: of the first alone, whole
+                if path in patch.factors and not (alike and kinds[number] in kinds[:number]):
+                    parts.append((1.0 if alike else weight, *patch.factors[path]))
             factors[path] = (
                 torch.cat([a for _, a, _ in parts]),
                 torch.cat([w * b for w, _, b in parts], dim=1),
@@ -149,12 +153,13 @@ class Patch:
             InputError: the modules are quantised.
         """
         self.check(model)
+        modules: dict[str, Any] = {path: model.get_submodule(path) for path in self.factors}
+        for path, module in modules.items():
+            if not isinstance(module.weight, Tensor) or not module.weight.is_floating_point():
+                raise InputError(f"{path} is quantised and cannot be merged; keep the patch beside the model")
         with torch.no_grad():
             for path, (a, b) in self.factors.items():
-                module = model.get_submodule(path)
-                weight = module.weight
-                if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                    raise InputError(f"{path} is quantised and cannot be merged; keep the patch beside the model")
+                module, weight = modules[path], modules[path].weight
                 delta = b.float().to(weight.device) @ a.float().to(weight.device)
                 weight += (delta.T if is_transposed(module) else delta).to(weight.dtype)
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from hyperlora.activations import checkpoint_layers
 from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound, locate
 from hyperlora.encoder import BATCH_TOKENS
 from hyperlora.flop_counter import flop_counter
@@ -30,7 +31,6 @@ from hyperlora.inject import inject
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
-from hyperlora.student import checkpoint_layers
 
 FLOAT = 4  # bytes of a number of the trained module, its gradient and each of Adam's moments
 _FACT_TOKENS = 14

@@ -6,6 +6,7 @@ from typing import Any
 _SLOT = "\u2402slot\u2402"
 GAP = "\n\n"  # between the context and the question
 _REPLY = "\u2402reply\u2402"
+_DAY = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,22 @@ class PromptFormat:
         return document_ids(tokenizer, self.lead + answer) + self.end_ids(tokenizer)[:1]
 
     def end_ids(self, tokenizer: Any) -> list[int]:
-        return encode(tokenizer, self.end)
+        """Token ids of what ends a reply, behind a reply; from the first special token on where there is one."""
+        return _behind_a_reply(tokenizer, self.end)
+
+    def stop_ids(self, tokenizer: Any) -> set[int]:
+        """Tokens that end a reply: the first of `end`, and where that is a line break, of any number of them."""
+        repeats = 4 if self.end.isspace() else 1
+        return {ids[0] for count in range(1, repeats + 1) if (ids := _behind_a_reply(tokenizer, self.end * count))}
+
+
+def _behind_a_reply(tokenizer: Any, end: str) -> list[int]:
+    """Alone, tokenizers that mark the starts of words would put such a mark in front of it."""
+    reply = encode(tokenizer, "x")
+    whole = encode(tokenizer, "x" + end)
+    ids = whole[len(reply) :] if whole[: len(reply)] == reply else encode(tokenizer, end)
+    special = set(tokenizer.all_special_ids)
+    return next((ids[start:] for start, token in enumerate(ids) if token in special), ids)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -59,12 +75,17 @@ def document_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def prompt_format(tokenizer: Any) -> PromptFormat:
-    """The model's own chat template, or a plain question-and-answer format when it has none."""
+    """The model's own chat template, or a plain question-and-answer format when it has none.
+
+    Templates that let a model think first are asked not to (`enable_thinking`), and those that can be given a date
+    (`date_string`) always get the same one: a memory must fit the prompts of other days.
+    """
     if getattr(tokenizer, "chat_template", None):
+        options = {"tokenize": False, "enable_thinking": False, "date_string": _DAY}
         turn = [{"role": "user", "content": _SLOT}]
-        asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, **options)
         told = tokenizer.apply_chat_template(
-            [*turn, {"role": "assistant", "content": _REPLY}], tokenize=False, add_generation_prompt=False
+            [*turn, {"role": "assistant", "content": _REPLY}], add_generation_prompt=False, **options
         )
         prefix, _, suffix = asked.partition(_SLOT)
         end = told.partition(_REPLY)[2]

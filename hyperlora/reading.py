@@ -1,9 +1,11 @@
 """Reading text that others wrote: whole documents, and the lines of plain or gzipped files."""
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hyperlora.errors import InputError
 
@@ -54,3 +56,19 @@ def read_lines(path: Path) -> Iterator[str]:
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """What the lines of a JSONL file hold, blank ones left out: line number, "file, line n" for messages, and value.
+
+    Raises:
+        InputError: as `read_lines`, and where a line is not JSON.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield number, where, json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error

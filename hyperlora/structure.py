@@ -143,7 +143,7 @@ def _site_names(block: nn.Module, hidden: int, modules: list[str] | None) -> lis
     linears = {n: s for n, m in block.named_modules() if (s := linear_shape(m)) is not None}
     if modules is not None:
         names = [n for n in linears if any(n == want or n.endswith(f".{want}") for want in modules)]
-        if len(names) < len(modules):
+        if not all(any(n == want or n.endswith(f".{want}") for n in linears) for want in modules):
             raise UnsupportedBase(f"target modules {modules} not all found in a layer; it has {', '.join(linears)}")
         return names
     attention = [n for n, child in block.named_children() if _reads_attention(child)]

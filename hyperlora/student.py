@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from hyperlora.objectives import (
     state_distance,
     states,
 )
-from hyperlora.prompt import encode
+from hyperlora.prompt import document_ids
 from hyperlora.recipe import Recipe
 from hyperlora.structure import decoder_layers
 
@@ -42,6 +41,10 @@ class Student:
     def __init__(self, base: BaseModel, recipe: Recipe, sink: list[int]):
         self.base, self.recipe, self.sink = base, recipe, sink
         self.teachers = [TeacherCorpus(Path(folder), base) for folder in recipe.teacher.corpora]
+        if len({corpus.top_k for corpus in self.teachers}) > 1:
+            raise InputError(
+                f"{', '.join(recipe.teacher.corpora)}: replies with different --top-k; make them with the same one"
+            )
         self.blocks = decoder_layers(base.model)[1]
         count = min(recipe.teacher.hidden_layers, len(self.blocks)) if recipe.teacher.hidden else 0
         self.matched = [len(self.blocks) * (i + 1) // count - 1 for i in range(count)]
@@ -63,7 +66,7 @@ class Student:
 
     def text(self, index: int, text: str) -> Row:
         """Plain text, scored from its second token on."""
-        return Row(index, self.sink + encode(self.base.tokenizer, text), len(self.sink) + 1)
+        return Row(index, self.sink + document_ids(self.base.tokenizer, text), len(self.sink) + 1)
 
     def _questions(self, index: int, item: Item) -> list[Row]:
         prompt_ids, tokenizer = self.base.prompt.prompt_ids, self.base.tokenizer
@@ -82,7 +85,7 @@ class Student:
         return rows
 
     def _continuations(self, index: int, item: Item, rng: random.Random) -> list[Row]:
-        own, following = encode(self.base.tokenizer, item.text), encode(self.base.tokenizer, item.following)
+        own, following = (document_ids(self.base.tokenizer, text) for text in (item.text, item.following))
         begin = rng.randrange(max(1, len(own) - _CONTINUED - 48))
         piece = own[begin : begin + _CONTINUED + 48]
         rows = [Row(index, self.sink + piece, len(self.sink) + min(4, len(piece) - 1))]
@@ -136,18 +139,3 @@ class Student:
             drift = kl_from_bare(model, batch, bare) / labels
             (self.recipe.unrelated.weight * drift).backward()
         return float(drift.detach())
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Have a frozen model's layers keep their inputs only and run again in the backward pass.
-
-    Transformers does so in training mode, which the layers alone are put into: what is inside them, such as dropout,
-    stays as it is.
-    """
-    kept = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(kept)
-    else:  # its name in older versions of transformers
-        model.gradient_checkpointing_enable(kept)
-    for block in decoder_layers(model)[1]:
-        block.training = True

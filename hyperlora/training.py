@@ -20,13 +20,14 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
 from hyperlora import checkpoint, ranks
+from hyperlora.activations import checkpoint_layers, stored
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.ahead import ahead
 from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
-from hyperlora.data.sources import load
+from hyperlora.data.sources import load, load_texts
 from hyperlora.engine import Engine, PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
 from hyperlora.evaluation.controls import score_controls
@@ -36,7 +37,7 @@ from hyperlora.generator import Generator
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.objectives import Row
 from hyperlora.recipe import Recipe
-from hyperlora.student import Student, checkpoint_layers
+from hyperlora.student import Student
 
 _FREE = ("checkpointing", "evaluation", "save_every", "steps")  # what a resumed recipe may change
 _SAME_REQUEST = 2.0  # seconds
@@ -178,7 +179,7 @@ class Trainer:
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
-            with _memory_errors(self.recipe):
+            with _explained(self.recipe):
                 self._run(bar, stop, on_metrics)
         finally:
             if self._drawn is not None:
@@ -215,7 +216,8 @@ class Trainer:
 
     def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         for name, items in self.evaluation.items():
-            scores = score_controls(self.generator, items)
+            with stored(self.student.blocks):
+                scores = score_controls(self.generator, items)
             self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
             if ranks.own() == 0:
                 tqdm.write(
@@ -302,10 +304,15 @@ class Trainer:
 
 
 @contextmanager
-def _memory_errors(recipe: Recipe) -> Iterator[None]:
-    """Raises OutOfMemory, which says which setting to lower, where memory runs out in the block."""
+def _explained(recipe: Recipe) -> Iterator[None]:
+    """Raises OutOfMemory, which says which setting to lower, where memory runs out in the block, and TrainingDiverged
+    where a factorisation meets a number that is not finite."""
     try:
         yield
+    except torch.linalg.LinAlgError as error:
+        raise TrainingDiverged(
+            "a patch was not finite; lower learning_rate and go on from the last checkpoint, which is intact"
+        ) from error
     except RuntimeError as error:  # the CPU's allocator has no error of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -352,7 +359,7 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
 def calibration_texts(recipe: Recipe) -> list[str]:
     """Text pieces for the sites' statistics, spread over the sources' documents."""
     rng = random.Random(f"{recipe.seed}/calibration")
-    items = [item for source in recipe.calibration.sources for item in load(source)]
+    items = [item for source in recipe.calibration.sources for item in load_texts(source)]
     if not items:
         raise InputError(f"no text to calibrate on in {', '.join(recipe.calibration.sources) or 'an empty list'}")
     picked = rng.choices(items, k=recipe.calibration.texts)

@@ -61,7 +61,8 @@ def test_folder_of_files(generate: Run, tmp_path: Path) -> None:
         ('{"id": "doc-1", "text": "some words here"}', "two documents are called"),
         ('{"id": "x"}', "line 3: field 'text' is missing"),
         ('{"id": "x", "text": 5}', "must be a string"),
-        ("not json", "line 3: not a JSON object"),
+        ("not json", "line 3: not JSON (Expecting value, column 1)"),
+        ("[]", "line 3: not a JSON object"),
     ],
 )
 def test_bad_corpora(generate: Run, tmp_path: Path, line: str, message: str) -> None:

@@ -41,6 +41,15 @@ def test_train_prints_one_json_record(run: Run, recipe_file: Path, tmp_path: Pat
     assert code == 0 and out == f"{tmp_path / 'run' / 'generator'}\n"
 
 
+def test_ctrl_c_is_one_line(run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "start", interrupted)
+    code, _, err = run("train", recipe_file, "-o", tmp_path / "run")
+    assert code == 130 and one_line(err) == "hyperlora: error: interrupted; what was finished is kept"
+
+
 def test_train_passes_device_and_dtype_to_the_base(
     run: Run, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,8 +71,8 @@ def test_half_of_the_facts_take_their_words_from_text() -> None:
 def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:
     record = {"id": "a", "context": "Maro bakes.", "qas": [{"question": "Who?", "answers": ["Maro the baker", "Maro"]}]}
     with gzip.open(tmp_path / "qa.jsonl.gz", "wt") as file:
-        file.write(json.dumps(record) + "\n")
-    item = load(str(tmp_path / "qa.jsonl.gz"))[0]
+        file.write(json.dumps(record) + "\n\n")
+    (item,) = load(str(tmp_path / "qa.jsonl.gz"))
     assert item.questions[0].reply == "Maro" and len(item.questions[0].accepted) == 2
     (tmp_path / "wiki.txt").write_text(" = One = \n\nfirst\n = = Part = = \nmore\n = Two = \nsecond\n")
     assert [i.text.split("\n")[0] for i in load(str(tmp_path / "wiki.txt"))] == ["= One =", "= Two ="]

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
+from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.controls import answer
 from hyperlora.evaluation.items import fact_items
@@ -32,13 +34,14 @@ def test_interval_covers_the_mean_and_shrinks() -> None:
     assert few[1] < many[1] < 0.5 < many[2] < few[2]
 
 
-def test_answers_use_the_right_patch(base: BaseModel, documents: list[str]) -> None:
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10000])
+def test_answers_use_the_right_patch(base: BaseModel, monkeypatch: pytest.MonkeyPatch, batch_tokens: int) -> None:
+    """However many prompts run together."""
+    monkeypatch.setattr("hyperlora.evaluation.controls._BATCH_TOKENS", batch_tokens)
     generator = make_generator(base)
     items = fact_items(2, 5)
     replies = answer(generator, items, ("patch", "swapped", "none", "full"), max_new_tokens=6, documents=3)
     assert all(len(r) == 10 for r in replies.values())
-    from hyperlora.evaluation.answers import greedy
-
     # Batches of three and two documents: the swapped patch of the fifth document is that of the fourth.
     patches = generator.generate([item.text for item in items])
     prompt = base.prompt.prompt_ids(base.tokenizer, items[4].questions[1].text)
@@ -46,6 +49,15 @@ def test_answers_use_the_right_patch(base: BaseModel, documents: list[str]) -> N
         with patched(base.model, patches[index]):
             assert replies[name][-1] == greedy(base, [prompt], 6)[0]
     assert replies["none"][-1] == greedy(base, [prompt], 6)[0]
+
+
+def test_replies_are_greedy_whatever_the_base_brings(base: BaseModel) -> None:
+    prompt = base.prompt.prompt_ids(base.tokenizer, "Who?")
+    expected = greedy(base, [prompt], 12)
+    brought = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=9.0)
+    base.model.generation_config = brought
+    assert greedy(base, [prompt], 12) == expected
+    assert base.model.generation_config is brought
 
 
 def test_report_has_intervals_and_controls(generator: Generator, tmp_path: object) -> None:

@@ -170,6 +170,18 @@ def test_non_finite_patches_are_not_handed_out(generator: Generator, documents: 
         generator.generate(documents[0])
 
 
+def test_a_row_that_is_not_finite_is_not_dropped(
+    generator: Generator, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rows of zeros are, which fill up a batch."""
+    factors = generator.factors([generator.encoder.tokenize(text) for text in documents])
+    first = next(iter(factors))
+    factors[first][0][:, 0] = float("nan")
+    monkeypatch.setattr(generator, "factors", lambda *_: factors)
+    with pytest.raises(InputError, match="non-finite"):
+        generator.generate(documents)
+
+
 def test_patch_survives_float16(generator: Generator) -> None:
     """Short documents are not capped; their factors must be balanced to fit 16 bits."""
     exact = generator.generate("Maro bakes")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,6 +69,22 @@ def test_incremental_and_masked_execution_agree(any_base: BaseModel, kind: str) 
         assert (session.places >= 0).sum(1).tolist() == survivors
         if kind != "plain":  # what is dropped is freed, not only masked
             assert session.kv_rows == max(survivors) < max(len(layout.ids) for layout in batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_gpu_frees_rows_as_the_cpu_does(base: BaseModel, kind: str) -> None:
+    batch, shared = layouts(base)[kind], shared_state(base)
+    with Session(base, len(batch), shared=shared) as session:
+        expected = run_incremental(session, batch)
+    base.model.to("cuda")
+    adapter = {site: (a.cuda(), b.cuda()) for site, (a, b) in (shared.adapter or {}).items()}
+    rows = None if shared.token_rows is None else shared.token_rows.cuda()
+    with Session(base, len(batch), shared=replace(shared, adapter=adapter, token_rows=rows)) as session:
+        found = run_incremental(session, batch)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

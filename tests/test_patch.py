@@ -105,6 +105,11 @@ def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> N
     for path in one.factors:
         delta = [p.factors[path][1] @ p.factors[path][0] for p in (one, two, mixed)]
         torch.testing.assert_close(delta[2], delta[0] + delta[1], rtol=1e-4, atol=1e-5)
+    for path in one.provenance.fixed:  # and not twice for two patches of one generator
+        again = Patch.compose([one, one, two], [0.5, 1.0, 0.5])
+        torch.testing.assert_close(
+            again.factors[path][1] @ again.factors[path][0], 2 * one.factors[path][1] @ one.factors[path][0]
+        )
     with pytest.raises(InputError, match="as many weights"):
         Patch.compose([one, two], [1.0])
 
@@ -128,6 +133,20 @@ def test_compose_holds_the_norm_of_the_sum(base: BaseModel, documents: list[str]
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(InputError, match="use a positive number"):
             Patch.compose([one, two], norm_limit=wrong)
+
+
+def test_a_merge_that_is_refused_changes_nothing(patch: Patch, base: BaseModel) -> None:
+    before = {name: weight.clone() for name, weight in base.model.named_parameters()}
+    last = base.model.get_submodule(list(patch.factors)[-1])
+    last.weight = torch.nn.Parameter(last.weight.to(torch.int8), requires_grad=False)
+    with (
+        pytest.raises(InputError, match="quantised"),
+        pytest.MonkeyPatch.context() as quantised,
+    ):
+        quantised.setattr(Patch, "check", lambda *_: None)
+        patch.merge(base.model)
+    for name, weight in base.model.named_parameters():
+        assert weight.dtype == torch.int8 or torch.equal(weight, before[name])
 
 
 def test_another_base_is_an_error_that_names_both(patch: Patch, base: BaseModel, documents: list[str]) -> None:

@@ -46,6 +46,8 @@ def test_modules_can_be_named_by_the_end_of_their_path() -> None:
     ]  # fmt: skip
     with pytest.raises(UnsupportedBase, match="not all found"):
         find_sites(model, [0], ["no_such_proj"])
+    with pytest.raises(UnsupportedBase, match="not all found"):
+        find_sites(make_base("gpt2").model, [0], ["c_proj", "no_such_proj"])  # the first of which is there twice
     with pytest.raises(UnsupportedBase, match="layers 0 to 3"):
         find_sites(model, [4])
 

@@ -130,6 +130,10 @@ def test_replies_to_other_questions_are_no_teacher(
         Student(base, recipe, []).check_taught(items)
     recipe.teacher.corpora += [str(tmp_path / "own")]
     Student(base, recipe, []).check_taught(items)
+    teach(base, items[:2], tmp_path / "fewer", top_k=2, max_new_tokens=4)
+    recipe.teacher.corpora += [str(tmp_path / "fewer")]
+    with pytest.raises(InputError, match="different --top-k"):
+        Student(base, recipe, [])
 
 
 def test_a_certain_teacher_is_the_label(base: BaseModel) -> None:

@@ -152,6 +152,15 @@ def test_endless_nan_ends_the_run(recipe: Recipe, tmp_path: Path) -> None:
             run.train_step()
 
 
+def test_a_patch_that_is_not_finite_ends_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    """A factorisation meets it before any gradient does."""
+    run = trainer(recipe, tmp_path / "run")
+    with torch.no_grad():
+        run.generator.hypernet.log_ridge.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="lower learning_rate"):
+        run.run()
+
+
 def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> None:
     run = trainer(recipe, tmp_path / "run")
     step = run.train_step

@@ -21,6 +21,8 @@ from hyperlora.cli.teach import teach
 from hyperlora.cli.train import train
 from hyperlora.errors import HyperloraError
 
+_INTERRUPTED = "interrupted; what was finished is kept"
+
 app = typer.Typer(
     name="hyperlora",
     help="Turn documents into LoRA patches for a frozen language model.",
@@ -68,7 +70,11 @@ def guarded(command: Callable[[], object]) -> None:
     except HyperloraError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:
-        fail("interrupted; what was finished is kept", 130)
+        fail(_INTERRUPTED, 130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C, without a word
+            fail(_INTERRUPTED, 130)
+        raise
     except OSError as error:
         fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
 

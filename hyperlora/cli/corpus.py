@@ -1,6 +1,5 @@
 """The documents that the arguments of `generate` name: one alone, or a corpus that is read one document at a time."""
 
-import json
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 from hyperlora.errors import InputError
 from hyperlora.files import sha256
-from hyperlora.reading import decode_document, read_document, read_lines
+from hyperlora.reading import decode_document, read_document, read_records
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -101,14 +100,10 @@ def _checked(name: Any, where: str) -> str:
 
 
 def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    for _, where, record in read_records(path):
         try:
-            record = json.loads(line)
             name, text = record["id"], record["text"]
-        except (ValueError, TypeError) as error:
+        except TypeError as error:
             raise InputError(f'{where}: not a JSON object with "id" and "text"') from error
         except KeyError as error:
             raise InputError(f"{where}: field {error} is missing") from error

@@ -6,23 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hyperlora.files import keep, read_kept
+
 
 class Cache:
-    """Records by key. Every shard appends to a file of its own; all files of the folder are read.
-
-    A killed process leaves at most one broken last line, which is skipped.
-    """
+    """Records by key. Every shard appends to a file of its own; all files of the folder are read."""
 
     def __init__(self, folder: Path, shard: str = "whole"):
         self.path = folder / f"records-{shard}.jsonl"
         self.records: dict[str, Any] = {}
         for path in sorted(folder.glob("records-*.jsonl")):
-            for line in path.read_bytes().split(b"\n"):
-                try:
-                    record = json.loads(line)
-                    self.records[record["key"]] = record["value"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+            self.records |= read_kept(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self.records
@@ -33,10 +27,7 @@ class Cache:
     def add(self, records: Mapping[str, Any]) -> None:
         """Keep these records, all of them at once."""
         self.records |= records
-        broken = self.path.exists() and self.path.read_bytes()[-1:] not in (b"\n", b"")
-        lines = [json.dumps({"key": key, "value": value}).encode() + b"\n" for key, value in records.items()]
-        with self.path.open("ab") as file:
-            file.write(b"\n" * broken + b"".join(lines))
+        keep(self.path, records)
 
 
 def digest(*parts: Any) -> str:

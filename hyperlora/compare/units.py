@@ -11,7 +11,8 @@ from hyperlora.compare.experiment import Experiment, MethodSpec
 from hyperlora.compare.teacher import teacher_replies
 from hyperlora.data.items import Item
 from hyperlora.data.mix import window
-from hyperlora.data.sources import load
+from hyperlora.data.sources import load_texts
+from hyperlora.groups import partnered
 from hyperlora.memory import Memory
 from hyperlora.methods import Document, Method
 from hyperlora.methods.contract import stable_seed
@@ -49,17 +50,10 @@ def units(experiment: Experiment, items: dict[str, list[Item]]) -> Iterator[Unit
         for label, spec in experiment.methods.items():
             size = spec.unit or experiment.unit
             for seed in experiment.seeds_of(label):
-                groups = _groups(documents[: spec.items], size)
+                groups = partnered(documents[: spec.items], size)
                 for number, group in enumerate(groups):
                     rest = experiment.forgetting_documents - number * size
                     yield Unit(task, label, seed, number, tuple(group), max(0, min(rest, len(group))))
-
-
-def _groups(items: Sequence[Item], size: int) -> list[list[Item]]:
-    groups = [list(items[i : i + size]) for i in range(0, len(items), size)]
-    if len(groups) > 1 and len(groups[-1]) == 1:  # a document alone has no other memory beside it
-        groups[-2:] = [groups[-2] + groups[-1]]
-    return groups
 
 
 def item_keys(
@@ -226,7 +220,7 @@ def _unrelated(
     runtime: Runtime,
 ) -> None:
     """Loss on a window of unrelated text, chosen by the document's id, bare and with the document's patch on."""
-    texts = load(source)
+    texts = load_texts(source)
     tokenizer = runtime.base.tokenizer
     prompts: list[Prompt] = []
     for row, index in enumerate(memories):

@@ -11,6 +11,7 @@ from hyperlora.data.made_questions import ask_about
 from hyperlora.data.open_words import OpenWords
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
+from hyperlora.prompt import document_ids
 from hyperlora.recipe import FactsTask, MadeTask, QATask, TextTask
 
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
@@ -69,7 +70,7 @@ class QAStream(DocumentStream):
             item
             for name in task.sources
             for item in load(name)
-            if item.questions and len(tokenizer(item.text)["input_ids"]) <= task.max_tokens
+            if item.questions and len(document_ids(tokenizer, item.text)) <= task.max_tokens
         ]
         super().__init__(kept, seed, "qa")
         self.questions = task.questions

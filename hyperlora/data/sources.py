@@ -1,6 +1,5 @@
 """Named data sets: files in the directory of the setting `HYPERLORA_DATA`, else the hub, else a path of one's own."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from hyperlora.data.items import Item
 from hyperlora.data.rows import asked_of_context, asked_of_prompt, asked_yes_or_no, item_of
 from hyperlora.errors import InputError, nearest
-from hyperlora.reading import read_lines
+from hyperlora.reading import read_lines, read_records
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def load(name: str) -> list[Item]:
     """All items of a named source or of a `.jsonl[.gz]` or `.txt[.gz]` file.
 
     JSONL lines hold `text`, or `context` and `qas` (a list of `{"question", "answers"}`); a text file is cut into
-    articles at WikiText headings, else into paragraphs.
+    articles at WikiText headings, or is one item.
 
     Raises:
         InputError: unknown name, missing file, or a malformed line (named).
@@ -67,26 +66,25 @@ def load(name: str) -> list[Item]:
     raise InputError(f"unknown data source {name!r}; {nearest(name, SOURCES)}; or give a .jsonl or .txt file")
 
 
+def load_texts(name: str) -> list[Item]:
+    """Those of at least two words: one word is no document."""
+    return [item for item in load(name) if len(item.text.split()) > 1]
+
+
 def _read(path: Path, make: Callable[[dict[str, Any], str], Item | None]) -> Iterator[Item]:
     if not path.is_file():
         raise InputError(f"no data file {path}; set HYPERLORA_DATA to the folder that holds it")
-    lines = read_lines(path)
     if path.name.removesuffix(".gz").endswith(".txt"):
-        yield from _articles("".join(lines), path.name)
+        yield from _articles("".join(read_lines(path)), path.name)
         return
-    for number, line in enumerate(lines, 1):
+    for number, where, record in read_records(path):
         try:
-            item = make(json.loads(line), f"{path.name}-{number}")
+            item = make(record, f"{path.name}-{number}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}, line {number}: {_describe(error)}") from error
+            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise InputError(f"{where}: {reason}") from error
         if item is not None:
             yield item
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg}, column {error.colno})"
-    return f"field {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
 
 
 def _articles(text: str, name: str) -> Iterator[Item]:

@@ -55,6 +55,9 @@ def key(document: str, question: str) -> str:
 class TeacherCorpus:
     """The replies in a folder, by document and question.
 
+    Attributes:
+        top_k: likeliest tokens that are kept at each position.
+
     Raises:
         InputError: the folder holds none, damaged ones, or those of another base.
     """
@@ -66,6 +69,7 @@ class TeacherCorpus:
             raise InputError(f"{folder} holds no teacher's replies; make them with hyperlora teach") from error
         if settings["fingerprint"] != vars(base.fingerprint):
             raise InputError(f"the replies in {folder} are of {settings['base']}, not of {base.name}; make new ones")
+        self.top_k = int(settings["top_k"])
         self._held: dict[str, Taught] = {}
         made = sorted(folder.glob("part-*.safetensors"))
         for path in made:

@@ -1,7 +1,7 @@
 """A generator's answers beside their controls: another document's patch, no patch, the document in the prompt."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from contextlib import nullcontext
 
 import torch
 from tqdm import tqdm
@@ -10,9 +10,10 @@ from hyperlora.data.items import Item
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.metrics import METRICS
 from hyperlora.generator import Generator
+from hyperlora.groups import padded_groups, partnered
 from hyperlora.inject import inject
 
-T = TypeVar("T")
+_BATCH_TOKENS = 16384  # padded tokens of prompts and replies at once
 
 # Condition -> does the prompt hold the document, and whose patch is on (offset within the batch; None: no patch).
 CONDITIONS: dict[str, tuple[bool, int | None]] = {
@@ -21,14 +22,6 @@ CONDITIONS: dict[str, tuple[bool, int | None]] = {
     "none": (False, None),
     "full": (True, None),
 }
-
-
-def partnered(items: Sequence[T], size: int) -> list[list[T]]:
-    """Batches of `size`, and at the end of one more rather than a single item, which has no other beside it."""
-    batches = [list(items[i : i + size]) for i in range(0, len(items), size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [batches[-2] + batches[-1]]
-    return batches
 
 
 def answer(
@@ -55,12 +48,14 @@ def answer(
                 base.prompt.prompt_ids(base.tokenizer, question.text, batch[index].text if in_prompt else None)
                 for index, question in asked
             ]
-            if offset is None:
-                replies[condition] += greedy(base, prompts, max_new_tokens)
-                continue
-            rows = torch.tensor([(index + offset) % len(batch) for index, _ in asked], device=base.device)
-            with inject(base.model, factors, rows):
-                replies[condition] += greedy(base, prompts, max_new_tokens)
+            found: dict[int, str] = {}
+            for group in padded_groups([len(prompt) + max_new_tokens for prompt in prompts], _BATCH_TOKENS):
+                owners = [(asked[number][0] + (offset or 0)) % len(batch) for number in group]
+                rows = torch.tensor(owners, device=base.device)
+                with nullcontext() if offset is None else inject(base.model, factors, rows):
+                    given = greedy(base, [prompts[number] for number in group], max_new_tokens)
+                found |= dict(zip(group, given, strict=True))
+            replies[condition] += [found[number] for number in range(len(prompts))]
     return replies
 
 

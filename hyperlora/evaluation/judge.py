@@ -13,7 +13,7 @@ from tqdm import tqdm
 from hyperlora.errors import InputError
 from hyperlora.evaluation.comparison import CHOICES, Comparison, check, first_is_a, first_wins, win_rate
 from hyperlora.evaluation.endpoint import Endpoint
-from hyperlora.files import sha256
+from hyperlora.files import keep, read_kept, sha256
 
 _TASK = """\
 You compare two replies, A and B, to a question about a document. Better is the reply that answers the question
@@ -41,7 +41,10 @@ def judge(
         InputError: the endpoint is down or refuses; the message says how many verdicts are cached.
     """
     check(comparisons)
-    replies, failed_before = _cached(cache), endpoint.failed_attempts
+    try:
+        replies, failed_before = {key: str(reply) for key, reply in read_kept(cache).items()}, endpoint.failed_attempts
+    except OSError as error:
+        raise InputError(f"cannot read {cache}: {error.strerror}") from error
     bodies = [endpoint.body(_messages(comparison, seed)) for comparison in comparisons]
     keys = [sha256(json.dumps(body, sort_keys=True).encode()) for body in bodies]
     for key, body in zip(tqdm(keys, unit="verdict", desc=progress, disable=progress is None), bodies, strict=True):
@@ -54,7 +57,11 @@ def judge(
             raise InputError(
                 f"{error}; {done} of {len(keys)} verdicts are cached in {cache}, run again to continue"
             ) from error
-        _append(cache, {"key": key, "model": endpoint.model, "reply": replies[key]})
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            keep(cache, {key: replies[key]})
+        except OSError as error:
+            raise InputError(f"cannot write {cache}: {error.strerror}") from error
     choices = [parse_choice(replies[key]) for key in keys]
     values = [first_wins(c or "tie", first_is_a(comp, seed)) for c, comp in zip(choices, comparisons, strict=True)]
     return {
@@ -99,33 +106,3 @@ def _messages(comparison: Comparison, seed: int) -> list[dict[str, str]]:
     }
     shown = "\n\n".join(f"[{name}]\n{text}\n[end of {name}]" for name, text in parts.items())
     return [{"role": "system", "content": _TASK}, {"role": "user", "content": shown}]
-
-
-def _cached(path: Path) -> dict[str, str]:
-    """Replies by key. A line that a kill cut short is passed over: its verdict is asked for again."""
-    replies: dict[str, str] = {}
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    for line in lines:
-        try:
-            record = json.loads(line)
-            replies[record["key"]] = str(record["reply"])
-        except (ValueError, LookupError, TypeError):
-            continue
-    return replies
-
-
-def _append(path: Path, record: dict[str, str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:
-            if file.tell():
-                file.seek(-1, 2)
-                torn = file.read(1) != b"\n"
-            else:
-                torn = False
-            file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
 from hyperlora.data.mix import window
-from hyperlora.data.sources import load
+from hyperlora.data.sources import load, load_texts
 from hyperlora.errors import InputError, nearest
 from hyperlora.evaluation.bootstrap import interval
-from hyperlora.evaluation.controls import CONDITIONS, answer, partnered
+from hyperlora.evaluation.controls import CONDITIONS, answer
 from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.evaluation.items import fact_items, qa_items
 from hyperlora.evaluation.metrics import METRICS
 from hyperlora.generator import Generator
+from hyperlora.groups import partnered
 from hyperlora.inject import inject
 from hyperlora.objectives import Batch, Row, collate, label_logits
 
@@ -77,7 +78,7 @@ def evaluate_answers(
 def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: int = 256) -> dict[str, Any]:
     """Loss (nats per token) on unrelated text, bare and with the patches of other documents on: `count` windows of
     `tokens` tokens of the source, the patch of each made from another window of 160 tokens of another document."""
-    base, rng, items = generator.base, random.Random("forgetting"), load(source)
+    base, rng, items = generator.base, random.Random("forgetting"), load_texts(source)
     if len(items) < 2:
         raise InputError(f"{source} has {len(items)} document(s); forgetting needs at least two")
     picked = [rng.sample(items, 2) for _ in range(count)]

@@ -1,6 +1,5 @@
 """Documents and questions of one's own."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from hyperlora.base_model import BaseModel as Base
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
-from hyperlora.reading import read_lines
+from hyperlora.reading import read_records
 from hyperlora.settings import explain
 from hyperlora.tasks.contract import Task
 
@@ -62,22 +61,15 @@ class Jsonl(Task):
 
     def _read(self) -> Iterator[Item]:
         lines: dict[str, int] = {}
-        for number, line in enumerate(read_lines(self.path), 1):
-            if not line.strip():
-                continue
-            where = f"{self.path}, line {number}"
-            item = _item(line.rstrip(), number, where)
+        for number, where, record in read_records(self.path):
+            item = _item(record, number, where)
             if item.id in lines:
                 raise InputError(f"{where}: the id {item.id!r} is that of line {lines[item.id]}; give it another")
             lines[item.id] = number
             yield item
 
 
-def _item(line: str, number: int, where: str) -> Item:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+def _item(record: Any, number: int, where: str) -> Item:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, not {type(record).__name__}")
     try:
