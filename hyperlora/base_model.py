@@ -82,11 +82,11 @@ class BaseModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one context token occupies in the model's dtype."""
+        """Bytes of keys and values that one context token occupies, at 16 bits a number whatever the base runs in."""
         config = text_config(self.model)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+        return 2 * 2 * config.num_hidden_layers * heads * width
 
 
 def fingerprint(model: Any) -> Fingerprint:

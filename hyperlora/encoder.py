@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hyperlora.activations import stored
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
-from hyperlora.hypernet.contract import Factors, Features, Reading
+from hyperlora.hypernet.contract import Features, Pair, Reading
 from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
 from hyperlora.structure import Site, decoder_layers
@@ -84,7 +84,7 @@ class Encoder:
         """A batch of chunks (token ids) to be read in the way that a hypernetwork asks for, inside `timed`."""
         return ChunkReading(self, chunks, timed)
 
-    def read(self, chunks: list[list[int]], adapter: Mapping[str, Factors] | None = None) -> Features:
+    def read(self, chunks: list[list[int]], adapter: Mapping[str, Pair] | None = None) -> Features:
         """Features of a batch of chunks (token ids), one forward pass, with an adapter on and its gradient where there
         is one."""
         base = self.base
@@ -119,7 +119,7 @@ class Encoder:
         )
 
     def memory(
-        self, chunks: list[list[int]], tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]
+        self, chunks: list[list[int]], tokens: Tensor, adapter: Mapping[str, Pair], layers: Sequence[int]
     ) -> Tensor:
         """See `Reading.memory`. The tokens stand right behind a chunk's own, before any padding."""
         ids, mask = self._padded(chunks)
@@ -186,11 +186,11 @@ class ChunkReading(Reading):
         with self._timed():
             return self._encoder.read(self._chunks)
 
-    def adapted(self, adapter: Mapping[str, Factors]) -> Features:
+    def adapted(self, adapter: Mapping[str, Pair]) -> Features:
         with self._timed():
             return self._encoder.read(self._chunks, adapter)
 
-    def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
+    def memory(self, tokens: Tensor, adapter: Mapping[str, Pair], layers: Sequence[int]) -> Tensor:
         with self._timed():
             return self._encoder.memory(self._chunks, tokens, adapter, layers)
 

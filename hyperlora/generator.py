@@ -22,7 +22,7 @@ from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError, nearest
 from hyperlora.files import new_directory, push_folder, sha256
 from hyperlora.generator_config import GeneratorConfig
-from hyperlora.hypernet import HYPERNETS, Factors, Hypernet, Shape
+from hyperlora.hypernet import HYPERNETS, Hypernet, Pair, Shape
 from hyperlora.norm_control import hold, update_norm
 from hyperlora.patch import Patch, Provenance, check_base
 from hyperlora.rank_cap import cap_rank
@@ -52,7 +52,7 @@ class Generator(nn.Module):
         through: calls the hypernetwork where something stands around it, such as a training engine.
     """
 
-    through: Callable[..., list[Factors]] | None = None
+    through: Callable[..., list[Pair]] | None = None
     _origin: Provenance | None = None  # of weights that no longer change
 
     def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
@@ -131,7 +131,7 @@ class Generator(nn.Module):
         short = [chunks[0] for chunks in split if len(chunks) == 1]
         return sum(1 for _ in self.encoder.batches(short)) + sum(len(chunks) for chunks in split if len(chunks) > 1)
 
-    def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Factors]:
+    def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Pair]:
         """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
 
         Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank); once where a module is
@@ -172,7 +172,7 @@ class Generator(nn.Module):
             torch.cuda.synchronize(self.base.device)
         return time.perf_counter()
 
-    def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
+    def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Pair]:
         @contextmanager
         def timed() -> Iterator[None]:
             start = self._now()
@@ -183,16 +183,16 @@ class Generator(nn.Module):
         reading = self.encoder.open(chunks, nullcontext if clock is None else timed)
         return (self.through or self.hypernet)(reading, self.statistics)
 
-    def _cap(self, factors: list[Factors], rank: int) -> list[Factors]:
+    def _cap(self, factors: list[Pair], rank: int) -> list[Pair]:
         capped = [
             cap_rank(a, b, rank, stat.moment)  # type: ignore[arg-type, union-attr]
             for (a, b), stat in zip(factors[: len(self.sites)], self.statistics, strict=True)
         ]
         return capped + factors[len(self.sites) :]
 
-    def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Factors]:
+    def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Pair]:
         """Factors of one document, its chunks read one at a time."""
-        state: list[Factors] | None = None
+        state: list[Pair] | None = None
         moments: list[Any] = [stat.moment for stat in self.statistics]
         limit, norms = self.config.norm_limit, []  # norms by chunk and site
         for chunk in chunks:
@@ -337,7 +337,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def _trimmed(factors: dict[str, Factors]) -> dict[str, Factors]:
+def _trimmed(factors: dict[str, Pair]) -> dict[str, Pair]:
     """Without the rows that are zero because a longer document stood in the same batch; one rank for all sites."""
     kept = {path: a.abs().amax(dim=1) > 0 for path, (a, _) in factors.items()}
     rank = max(1, max(int(rows.sum()) for rows in kept.values()))
@@ -345,7 +345,7 @@ def _trimmed(factors: dict[str, Factors]) -> dict[str, Factors]:
     return {path: (a[order[path]].clone(), b[:, order[path]].clone()) for path, (a, b) in factors.items()}
 
 
-def _stack(factors: list[Factors]) -> Factors:
+def _stack(factors: list[Pair]) -> Pair:
     """Join batches of documents; smaller ranks are filled up with zeros."""
     rank = max(a.shape[1] for a, _ in factors)
     pad = nn.functional.pad

@@ -73,23 +73,22 @@ class Memory:
         """The same memory with a document in the prompt, to see what it does to reading."""
         return replace(self, text=tuple(ids), soft=None, kv=None)
 
-    def resident_bytes(self, base: BaseModel, itemsize: int = 2) -> int:
-        """Bytes held while a question is answered, at `itemsize` bytes a number: a slot token costs its K/V, if
-        they survive the slot."""
+    def resident_bytes(self, base: BaseModel) -> int:
+        """Bytes held while a question is answered, at 16 bits a number: a slot token costs its K/V, if they survive
+        the slot."""
         soft = 0 if self.soft is None else len(self.soft)
         if self.shared is not None and self.shared.rule is not None:
             text = int(self.shared.rule(self.text, range(len(self.text))).kept.sum())
         else:
             text = len(self.text)
-        per_token = base.kv_bytes_per_token // base.model.dtype.itemsize
         kv = 0 if self.kv is None else self.kv.elements
         patch = 0 if self.patch is None else self.patch.elements
-        return itemsize * ((text + soft) * per_token + kv + patch)
+        return (text + soft) * base.kv_bytes_per_token + 2 * (kv + patch)
 
-    def stored_bytes(self, base: BaseModel, itemsize: int = 2) -> int:
-        """Bytes to be kept on disk for the document: text as UTF-8, numbers at `itemsize` bytes."""
+    def stored_bytes(self, base: BaseModel) -> int:
+        """Bytes to be kept on disk for the document: text as UTF-8, numbers at 16 bits."""
         text = len(base.tokenizer.decode(list(self.text)).encode())
         soft = 0 if self.soft is None else self.soft.numel()
         kv = 0 if self.kv is None else self.kv.elements
         patch = 0 if self.patch is None else self.patch.elements
-        return text + itemsize * (soft + kv + patch)
+        return text + 2 * (soft + kv + patch)

@@ -29,7 +29,7 @@ class Provenance:
 
     Attributes:
         base: name of the base model, with `fingerprint` of its config and weights.
-        generator: name of the generator (or method) and `generator_hash`, the SHA-256 of its weights.
+        generator: name of the generator (or method) and `generator_hash`, of its config and weights.
         documents: for each document its `sha256`, number of `tokens` and `weight` in a composition.
         version: of hyperlora.
         transposed: True when the patched modules store their weight as (d_in, d_out).

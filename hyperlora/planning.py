@@ -142,14 +142,14 @@ def plan(
 def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = _BUCKET) -> Memory:
     """Bytes of one of `processes`. ZeRO keeps a flat copy of its share of the weights, which the optimizer updates.
 
-    Without DeepSpeed, and in its stage 0, nothing is shared out. Stage 1 shares out the optimizer's state, 2 the
+    Without DeepSpeed nothing is shared out. Stage 1 shares out the optimizer's state, 2 the
     gradients too, 3 the weights too. Every process holds the whole base. Buffers are what gradients are summed in and
     weights are gathered in; they and a step of the optimizer do not come at the same time as the activations' peak, but
     allocators keep them.
     """
     numbers = step.generator
     share = numbers // processes
-    if stage in (None, 0):
+    if stage is None:
         weights, gradients, optimizer, buffers = numbers, numbers, 2 * numbers, 0
     elif stage == 1:
         weights, gradients, optimizer, buffers = numbers, numbers, 3 * share, 0

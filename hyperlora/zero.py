@@ -23,7 +23,7 @@ _SHARDS, _UNIVERSAL = "zero", "universal"
 
 
 class ZeroEngine(Engine):
-    """ZeRO stages 0 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054) over the trained module.
+    """ZeRO stages 1 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054) over the trained module.
 
     Its checkpoints are DeepSpeed's own (they hold pickles). Those of another number of processes or another stage are
     read after they were converted to DeepSpeed's universal checkpoint.

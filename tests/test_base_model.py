@@ -17,7 +17,7 @@ def test_directory_loads_with_its_tokenizer(tiny_dirs: tuple[str, str]) -> None:
     assert base.attention == "sdpa"
     assert base.model.dtype == torch.float32
     assert not any(p.requires_grad for p in base.model.parameters())
-    assert base.kv_bytes_per_token == 2 * 4 * 2 * 8 * 4  # K and V, layers, kv heads, head width, float32
+    assert base.kv_bytes_per_token == 2 * 4 * 2 * 8 * 2  # K and V, layers, kv heads, head width, bytes
 
 
 def test_fingerprint_survives_bfloat16_and_notices_other_weights() -> None:

@@ -52,12 +52,8 @@ def make(name: str, base: BaseModel, settings: dict[str, dict[str, object]], see
     return kind(base, kind.Settings(**settings.get(name, {})), seed)
 
 
-def per_token(base: BaseModel) -> int:
-    return 2 * base.kv_bytes_per_token // base.model.dtype.itemsize
-
-
 def budgets(method: Method, base: BaseModel, count: int) -> list[int] | None:
-    return [BUDGET_TOKENS * per_token(base)] * count if method.budgeted else None
+    return [BUDGET_TOKENS * base.kv_bytes_per_token] * count if method.budgeted else None
 
 
 def scores(base: BaseModel, memories: list[Memory]) -> list[torch.Tensor]:
@@ -94,8 +90,8 @@ def test_budgets_are_kept_and_used(
     text = " ".join(documents)
     method, document = make(name, base, settings), Document("a", text)
     assert len(document_ids(base.tokenizer, text)) > 2 * BUDGET_TOKENS
-    (small,) = method.compile([document], [BUDGET_TOKENS * per_token(base) + 1])
-    assert small.resident_bytes(base) == BUDGET_TOKENS * per_token(base)
+    (small,) = method.compile([document], [BUDGET_TOKENS * base.kv_bytes_per_token + 1])
+    assert small.resident_bytes(base) == BUDGET_TOKENS * base.kv_bytes_per_token
     (whole,) = method.compile([document], [10**9])
     expected = scores(base, [Memory(text=tuple(document_ids(base.tokenizer, text)))])
     torch.testing.assert_close(scores(base, [whole]), expected, rtol=1e-3, atol=1e-3)
@@ -116,7 +112,9 @@ def test_truncation_keeps_the_side_that_is_asked_for(
     base: BaseModel, documents: list[str], side: str, head: int, tail: int
 ) -> None:
     kind, ids = METHODS["truncation"], document_ids(base.tokenizer, documents[0])
-    (memory,) = kind(base, kind.Settings(side=side)).compile([Document("x", documents[0])], [5 * per_token(base)])
+    (memory,) = kind(base, kind.Settings(side=side)).compile(
+        [Document("x", documents[0])], [5 * base.kv_bytes_per_token]
+    )
     assert list(memory.text) == ids[:head] + ids[len(ids) - tail :]
 
 
@@ -153,7 +151,7 @@ def test_the_prompt_goes_on_behind_the_document_though_its_end_is_evicted(
 def test_random_eviction_keeps_the_prefix_and_frees_the_rest(base: BaseModel, documents: list[str]) -> None:
     kind = METHODS["random_eviction"]
     method = kind(base, kind.Settings())
-    (memory,) = method.compile([Document("x", documents[0])], [BUDGET_TOKENS * per_token(base)])
+    (memory,) = method.compile([Document("x", documents[0])], [BUDGET_TOKENS * base.kv_bytes_per_token])
     assert memory.kv is not None
     prefix = len(encode(base.tokenizer, base.prompt.prefix))
     positions, rows = memory.kv.positions.tolist(), prefix + BUDGET_TOKENS

@@ -115,7 +115,7 @@ def test_a_comparison_runs_them_on_questions_and_on_text(
         ("text", {"task": "language_modelling", "source": "wikitext2_test"}),
     ):
         task = read_task(spec, name)
-        unit = Unit(name, "m", 0, 0, items, 0)
+        unit = Unit(name, "m", 0, items, 0)
         records = run_unit(
             unit, range(3), task, experiment, method, lambda _: None, Runtime(base), Cache(tmp_path, name)
         )

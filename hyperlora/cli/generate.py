@@ -161,7 +161,7 @@ def _record(
     name: str, folder: Path, tokens: int, nbytes: int, generator: "Generator", seconds: dict[str, float]
 ) -> dict[str, Any]:
     base = generator.base
-    kv = tokens * base.kv_bytes_per_token * 2 // base.model.dtype.itemsize  # in 16 bits, as the patch is
+    kv = tokens * base.kv_bytes_per_token
     return {
         "id": name,
         "path": str(folder),

@@ -193,8 +193,7 @@ def _method(
     base: BaseModel,
 ) -> dict[str, Any]:
     spec, own = experiment.methods[label], [record for unit, record in records if unit.method == label]
-    per_token = 2 * base.kv_bytes_per_token // base.model.dtype.itemsize
-    ratios = [r["tokens"] * per_token / r["resident_bytes"] for r in own if r["resident_bytes"]]
+    ratios = [r["tokens"] * base.kv_bytes_per_token / r["resident_bytes"] for r in own if r["resident_bytes"]]
     cost, full = costs[label], costs["full"]
     cached = next((costs[name] for name, row in experiment.methods.items() if row.method == "kv_cache"), None)
     even: dict[str, float | None] = {"re-prefilling": None, "cached KV": None}

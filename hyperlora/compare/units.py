@@ -36,7 +36,6 @@ class Unit:
     task: str
     method: str
     seed: int
-    number: int
     items: tuple[Item, ...]
     forgetting: int
 
@@ -53,7 +52,7 @@ def units(experiment: Experiment, items: dict[str, list[Item]]) -> Iterator[Unit
                 groups = partnered(documents[: spec.items], size)
                 for number, group in enumerate(groups):
                     rest = experiment.forgetting_documents - number * size
-                    yield Unit(task, label, seed, number, tuple(group), max(0, min(rest, len(group))))
+                    yield Unit(task, label, seed, tuple(group), max(0, min(rest, len(group))))
 
 
 def item_keys(

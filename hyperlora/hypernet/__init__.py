@@ -1,7 +1,7 @@
 """Hypernetwork architectures behind one contract. Adding one: a file here and a class in `HYPERNETS`."""
 
 from hyperlora.hypernet.associative import Associative
-from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
+from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape
 from hyperlora.hypernet.memory_tokens import MemoryTokens
 from hyperlora.hypernet.perceiver import Perceiver
 
@@ -10,10 +10,10 @@ HYPERNETS: dict[str, type[Hypernet]] = {one.name: one for one in (Associative, P
 __all__ = [
     "HYPERNETS",
     "Associative",
-    "Factors",
     "Features",
     "Hypernet",
     "MemoryTokens",
+    "Pair",
     "Perceiver",
     "Reading",
     "Shape",

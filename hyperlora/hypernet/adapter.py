@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hyperlora.hypernet.contract import Factors
+from hyperlora.hypernet.contract import Pair
 from hyperlora.structure import Site
 
 
@@ -19,9 +19,7 @@ def adapter_parameters(sites: Sequence[Site], rank: int) -> tuple[nn.Parameter, 
     return nn.Parameter(down), nn.Parameter(torch.zeros(rank * sum(site.d_out for site in sites)))
 
 
-def adapter_factors(
-    sites: Sequence[Site], rank: int, down: Tensor, up: Tensor, alpha: float = 1.0
-) -> dict[str, Factors]:
+def adapter_factors(sites: Sequence[Site], rank: int, down: Tensor, up: Tensor, alpha: float = 1.0) -> dict[str, Pair]:
     """What is in the parameters: A (1, rank, d_in) and `alpha` times B (1, d_out, rank) by module."""
     downs = down.split([rank * site.d_in for site in sites])
     ups = up.split([rank * site.d_out for site in sites])

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hyperlora.hypernet.adapter import adapter_factors, adapter_parameters
 from hyperlora.hypernet.blocks import Block
-from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
+from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape
 from hyperlora.statistics import SiteStatistics
 
 _ALPHA = 2.5  # of the adapter, which learns too slowly at the rate of the rest
@@ -90,8 +90,8 @@ class Associative(Hypernet):
             self.fixed = [module for module in shape.attention if module not in sites]
             self.adapter_a, self.adapter_b = adapter_parameters(self.fixed, adapter_rank)
 
-    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
-        adapter: dict[str, Factors] = {}
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Pair]:
+        adapter: dict[str, Pair] = {}
         if self.fixed:
             adapter = adapter_factors(self.fixed, self.adapter_rank, self.adapter_a, self.adapter_b, _ALPHA)
         features = reading.adapted(adapter) if adapter else reading.features

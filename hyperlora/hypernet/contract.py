@@ -13,7 +13,7 @@ from hyperlora.structure import Site
 
 # Factors of one site for a batch of documents: A (documents, rank, d_in) and B (documents, d_out, rank); where they are
 # the same for all documents, once.
-Factors = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Reading(ABC):
         """What the base computes when it reads the chunks as it is; read once, without a gradient."""
 
     @abstractmethod
-    def adapted(self, adapter: Mapping[str, Factors]) -> Features:
+    def adapted(self, adapter: Mapping[str, Pair]) -> Features:
         """What the base computes when it reads the chunks with an adapter of one document on; differentiable in it."""
 
     @abstractmethod
-    def memory(self, tokens: Tensor, adapter: Mapping[str, Factors], layers: Sequence[int]) -> Tensor:
+    def memory(self, tokens: Tensor, adapter: Mapping[str, Pair], layers: Sequence[int]) -> Tensor:
         """Have the base, with an adapter of one document on, read every chunk with `tokens` (count, d_model) after it.
 
         The tokens stand in the place of input embeddings, in units of the chunk's own. Returns their hidden states
@@ -82,7 +82,7 @@ class Hypernet(nn.Module, ABC):
     fixed: Sequence[Site] = ()
 
     @abstractmethod
-    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Pair]:
         """Factors per site, then those of the `fixed` modules, once. Padded documents add zero rows; the rank at a site
         may exceed the configured one (it is capped)."""
 

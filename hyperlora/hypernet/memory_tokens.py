@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hyperlora.hypernet.adapter import adapter_factors, adapter_parameters
 from hyperlora.hypernet.blocks import Block
-from hyperlora.hypernet.contract import Factors, Hypernet, Reading, Shape
+from hyperlora.hypernet.contract import Hypernet, Pair, Reading, Shape
 from hyperlora.hypernet.units import in_units
 from hyperlora.statistics import SiteStatistics
 
@@ -70,7 +70,7 @@ class MemoryTokens(Hypernet):
         self.norm = nn.LayerNorm(shape.d_model)
         self.output_scale = nn.Parameter(torch.full((len(shape.sites), rank), scale))
 
-    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Pair]:
         adapter = adapter_factors(self.linears, self.adapter_rank, self.adapter_a, self.adapter_b)
         z = reading.memory(self.tokens, adapter, self.layers)  # (documents, layers, tokens, d_model)
         z = F.rms_norm(z, z.shape[-1:]) + self.layer + self.place
@@ -80,7 +80,7 @@ class MemoryTokens(Hypernet):
             z = across_tokens(rearrange(z, "(b t) l d -> (b l) t d", t=tokens))
             z = rearrange(z, "(b l) t d -> b l t d", l=layers)
         written = rearrange(self.norm(z), "b l t d -> b l (t d)")
-        factors: dict[int, Factors] = {}
+        factors: dict[int, Pair] = {}
         for row, members in enumerate(self.members):
             sizes = [self.rank * width for _, site in members for width in (site.d_in, site.d_out)]
             parts = iter(written[:, row, : sum(sizes)].split(sizes, dim=-1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperlora.hypernet.blocks import Block, CrossAttention
-from hyperlora.hypernet.contract import Factors, Features, Hypernet, Reading, Shape
+from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape
 from hyperlora.hypernet.units import in_units
 from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
@@ -69,7 +69,7 @@ class Perceiver(Hypernet):
         self.heads = nn.ModuleList(_Head(width, site, fixed_ranks) for site in sites)
         self.output_scale = nn.Parameter(torch.full((len(sites), latents + fixed_ranks), scale))
 
-    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Factors]:
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Pair]:
         latents = self.read(reading.features)
         made = [head(latents[:, index]) for index, head in enumerate(self.heads)]
         scales = zip(made, self.output_scale, statistics, strict=True)

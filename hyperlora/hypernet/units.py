@@ -3,11 +3,11 @@
 from einops import rearrange
 from torch import Tensor
 
-from hyperlora.hypernet.contract import Factors
+from hyperlora.hypernet.contract import Pair
 from hyperlora.statistics import SiteStatistics
 
 
-def in_units(n: Tensor, m: Tensor, scale: Tensor, statistics: SiteStatistics) -> Factors:
+def in_units(n: Tensor, m: Tensor, scale: Tensor, statistics: SiteStatistics) -> Pair:
     """The ranks n (documents, ranks, d_in) and m (documents, ranks, d_out), each of size about 1, as A and B.
 
     - A: C^-1 D^(1/2) n, with D the diagonal part of the second moment C. Whitening takes the common directions out of

@@ -33,4 +33,4 @@ class Truncation(Method):
 
 def token_budget(base: BaseModel, budget: int) -> int:
     """Context tokens whose K/V at 16 bits take at most `budget` bytes."""
-    return budget // (2 * base.kv_bytes_per_token // base.model.dtype.itemsize)
+    return budget // base.kv_bytes_per_token
