@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,6 +63,12 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def now(self) -> float:
+        """Seconds on a clock, once the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     @property
     def attention(self) -> str:

@@ -15,7 +15,7 @@ from hyperlora.errors import InputError
 from hyperlora.hypernet.contract import Features, Pair, Reading
 from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
-from hyperlora.structure import Site, decoder_layers
+from hyperlora.structure import Site, decoder_layers, hidden_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 Timed = Callable[[], AbstractContextManager[None]]
@@ -160,7 +160,7 @@ class Encoder:
         kept: dict[Any, Tensor] = {}
 
         def keep(layer: int, _: nn.Module, __: Any, output: Any) -> None:
-            kept[_behind(layer)] = output[0] if isinstance(output, tuple) else output
+            kept[_behind(layer)] = hidden_of(output)
             if layer == max(layers):
                 raise _Exit
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -143,7 +142,7 @@ class Generator(nn.Module):
             calls: call the hypernetwork at least so often, to no effect. Processes that share out its weights must all
                 call it as often as the one that reads most.
         """
-        start, encoded = self._now(), (clock or {}).get("encode", 0.0)
+        start, encoded = self.base.now(), (clock or {}).get("encode", 0.0)
         encoder = self.encoder
         split = [encoder.chunks(ids) for ids in documents]
         short = [number for number, chunks in enumerate(split) if len(chunks) == 1]
@@ -163,22 +162,17 @@ class Generator(nn.Module):
             nothing = sum(0 * factor.sum() for pair in idle for factor in pair)
             stacked[path] = (stacked[path][0] + nothing, stacked[path][1])
         if clock is not None:  # all that was not the encoder, the rank cap included
-            rest = self._now() - start - (clock["encode"] - encoded)
+            rest = self.base.now() - start - (clock["encode"] - encoded)
             clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + rest
         return stacked
-
-    def _now(self) -> float:
-        if self.base.device.type == "cuda":
-            torch.cuda.synchronize(self.base.device)
-        return time.perf_counter()
 
     def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Pair]:
         @contextmanager
         def timed() -> Iterator[None]:
-            start = self._now()
+            start = self.base.now()
             yield
             if clock is not None:
-                clock["encode"] = clock.get("encode", 0.0) + self._now() - start
+                clock["encode"] = clock.get("encode", 0.0) + self.base.now() - start
 
         reading = self.encoder.open(chunks, nullcontext if clock is None else timed)
         return (self.through or self.hypernet)(reading, self.statistics)

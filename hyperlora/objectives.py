@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperlora.structure import hidden_of
+
 
 @dataclass(frozen=True)
 class Row:
@@ -118,7 +120,7 @@ def states(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, T
 
     def keeper(layer: int) -> Any:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found[layer] = output[0] if isinstance(output, tuple) else output
+            found[layer] = hidden_of(output)
 
         return keep
 

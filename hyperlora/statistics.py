@@ -12,7 +12,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from hyperlora.base_model import BaseModel
-from hyperlora.structure import Site, decoder_layers, residual_gain
+from hyperlora.structure import Site, decoder_layers, hidden_of, residual_gain
 
 
 class SecondMoment(nn.Module):
@@ -105,7 +105,7 @@ def calibrate(
                 moments[index] += einsum(x, x, "tokens i, tokens j -> i j")
 
         def after_layer(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden_of(output)
             # Of Gaussian channels half lie within 0.6745 standard deviations.
             typical = hidden[:, 1:].float().abs().median(dim=-1).values / 0.6745
             norms[index].append(typical.flatten() * hidden.shape[-1] ** 0.5)

@@ -46,6 +46,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer puts out, which some models give with other things in a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(d_in, d_out)` of a linear-like module (`nn.Linear`, its quantised forms, transposed `Conv1D`), else None."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,16 +143,16 @@ def measure(recipe: Recipe, steps: int, peak: float | None) -> dict[str, Any]:
         run.mix.draw = lambda _, taken=taken: next(taken)  # type: ignore[method-assign, misc]
         run._unrelated_rows = lambda rows=unrelated: rows  # type: ignore[method-assign, misc]
         states = [rng.getstate() for _, rng in drawn]
-        begin = now(run)
+        begin = run.base.now()
         run.train_step()
-        middle = now(run)
+        middle = run.base.now()
         for (_, rng), state in zip(drawn, states, strict=True):
             rng.setstate(state)
         rows = [run.student.rows(index, item, rng) for index, (item, rng) in enumerate(drawn)]
         mine = [[row for row in unrelated if row.document == index] for index in range(len(drawn))]
-        again = now(run)
+        again = run.base.now()
         straightforward(run, [(item, *parts) for (item, _), *parts in zip(drawn, rows, mine, strict=True)])
-        end = now(run)
+        end = run.base.now()
         plain = gradients(run)
         del run.mix.draw, run._unrelated_rows
         if number:
@@ -171,12 +170,6 @@ def measure(recipe: Recipe, steps: int, peak: float | None) -> dict[str, Any]:
         "gradient_difference": max(differences),
         **({"share_of_peak": operations / peak} if peak else {}),
     }
-
-
-def now(run: Trainer) -> float:
-    if run.base.device.type == "cuda":
-        torch.cuda.synchronize(run.base.device)
-    return time.perf_counter()
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ from hyperlora.cli import options
 
 def inspect(patch: Annotated[Path, typer.Argument(help="A patch directory.")], as_json: options.Json = False) -> None:
     """Show a patch's base model, generator, documents, rank, size and the norm of its change per module."""
+    from hyperlora.norm_control import update_norm
     from hyperlora.patch import Patch
 
     loaded = Patch.load(patch)
-    norms = {path: float((b.float() @ a.float()).norm()) for path, (a, b) in loaded.factors.items()}
+    norms = {path: float(update_norm(a, b)) for path, (a, b) in loaded.factors.items()}
     record = {
         "rank": loaded.rank,
         "dtype": str(loaded.dtype).removeprefix("torch."),

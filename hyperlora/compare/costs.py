@@ -2,11 +2,8 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from hyperlora.data.items import Item
 from hyperlora.flop_counter import flop_counter
@@ -48,9 +45,9 @@ def measure_costs(
             **measured,
         }
         for name, count in (("first_token_seconds", 1), ("all_seconds", tokens)):
-            start = _now(runtime)
+            start = runtime.base.now()
             runtime.generate_ids(memories, prompts, count, stop=False)
-            row[name] = _now(runtime) - start
+            row[name] = runtime.base.now() - start
         row["token_milliseconds"] = 1000 * (row.pop("all_seconds") - row["first_token_seconds"]) / (tokens - 1)
         rows.append(row)
     if not rows:
@@ -64,9 +61,9 @@ def _compile(
     method: Method, documents: Sequence[Document], budgets: Sequence[int] | None, runtime: Runtime
 ) -> tuple[list[Memory], dict[str, float]]:
     with peak_memory(runtime.base.device) as peak:
-        start = _now(runtime)
+        start = runtime.base.now()
         memories = method.compile(documents, budgets)
-        seconds = _now(runtime) - start
+        seconds = runtime.base.now() - start
     return memories, {"compile_seconds": seconds, "peak_mib": peak() / 2**20}
 
 
@@ -85,9 +82,3 @@ def break_even(compile_flops: float, query_flops: float, base_once: float, base_
     if base_query <= query_flops:
         return 0.0 if compile_flops < base_once and base_query == query_flops else None
     return max(0.0, (compile_flops - base_once) / (base_query - query_flops))
-
-
-def _now(runtime: Runtime) -> float:
-    if runtime.base.device.type == "cuda":
-        torch.cuda.synchronize(runtime.base.device)
-    return time.perf_counter()

@@ -7,6 +7,7 @@ from hyperlora.data.facts import fact_document
 from hyperlora.data.items import Item
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
+from hyperlora.prompt import document_ids
 from hyperlora.recipe import Evaluation
 
 
@@ -19,7 +20,7 @@ def qa_items(source: str, base: BaseModel, max_tokens: int, count: int | None = 
     """Documents of at most `max_tokens`, ordered and asked by hash: one question each, the first `count`."""
     items = []
     for item in sorted(load(source), key=lambda item: zlib.crc32(item.id.encode())):
-        if item.questions and len(base.tokenizer(item.text, add_special_tokens=False)["input_ids"]) <= max_tokens:
+        if item.questions and len(document_ids(base.tokenizer, item.text)) <= max_tokens:
             question = min(item.questions, key=lambda question: zlib.crc32(question.text.encode()))
             items.append(Item(item.id, item.text, (question,)))
     return items[:count]

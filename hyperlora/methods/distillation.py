@@ -27,6 +27,7 @@ from hyperlora.methods.regression import fit
 from hyperlora.methods.self_study import COPIES, Conversation, chat, study
 from hyperlora.methods.teaching import Lesson, differences, teach
 from hyperlora.patch import Patch, Provenance
+from hyperlora.prompt import document_ids
 from hyperlora.structure import Site, attention_outputs, decoder_layers, find_sites, is_transposed
 
 
@@ -190,7 +191,7 @@ class Distillation(Method):
         return loss, distance
 
     def _provenance(self, document: Document, path: str) -> Provenance:
-        tokens = len(self.base.tokenizer(document.text, add_special_tokens=False)["input_ids"])
+        tokens = len(document_ids(self.base.tokenizer, document.text))
         return Provenance(
             base=self.base.name,
             fingerprint=self.base.fingerprint,

@@ -21,7 +21,7 @@ from hyperlora.methods.teaching import Lesson
 from hyperlora.packing import pack
 from hyperlora.prompt import encode
 from hyperlora.session import Session
-from hyperlora.structure import Site, decoder_layers, residual_gain
+from hyperlora.structure import Site, decoder_layers, hidden_of, residual_gain
 
 _PACKED = 8  # lessons to a row
 
@@ -81,7 +81,7 @@ def fit(
         return output + (x @ a.mT @ b.mT).to(output.dtype)
 
     def correct(number: int, site: Site, _: Any, __: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(output)
         x, gain = inputs.pop(site.path), gains[site.path]
         missing = taught[number] - hidden[real].float()
         a, b = fitted(x, missing, (number + 1) / len(sites))
@@ -144,7 +144,7 @@ def _gains(base: BaseModel, sites: Sequence[Site], ids: list[int]) -> dict[str, 
     found: dict[str, Tensor] = {}
 
     def measure(site: Site, block: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(output)
         gain = residual_gain(block, base.model.get_submodule(site.path), args, kwargs, hidden)
         found[site.path] = gain.clamp_min(0.05 * float(gain.median()))
 
