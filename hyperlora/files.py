@@ -83,7 +83,7 @@ def read_kept(path: Path) -> dict[str, Any]:
 def keep(path: Path, values: Mapping[str, Any]) -> None:
     """Append values by key to a JSONL file, all of them at once; behind a line that a kill cut short on a new one."""
     lines = [json.dumps({"key": key, "value": value}).encode() + b"\n" for key, value in values.items()]
-    with path.open("a+b", buffering=0) as file:
+    with path.open("a+b") as file:
         broken = False
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
