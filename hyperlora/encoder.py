@@ -15,7 +15,7 @@ from hyperlora.errors import InputError
 from hyperlora.hypernet.contract import Features, Pair, Reading
 from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
-from hyperlora.structure import Site, decoder_layers, hidden_of
+from hyperlora.structure import Site, decoder_layers, hidden_of, text_config
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 Timed = Callable[[], AbstractContextManager[None]]
@@ -35,7 +35,7 @@ class Encoder:
 
     Args:
         sites: modules whose inputs are kept.
-        chunk_tokens: longest piece of a document read at once.
+        chunk_tokens: longest piece of a document read at once; at most half the base's window.
         batch_tokens: chunks are read together up to this many padded tokens; by default as many as keep the device
             busy.
 
@@ -45,10 +45,10 @@ class Encoder:
 
     packed = False
 
-    def __init__(self, base: BaseModel, sites: list[Site], chunk_tokens: int = 512, batch_tokens: int | None = None):
+    def __init__(self, base: BaseModel, sites: list[Site], chunk_tokens: int = 2048, batch_tokens: int | None = None):
         self.base = base
         self.sites = sites
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens = min(chunk_tokens, text_config(base.model).max_position_embeddings // 2)
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(base.device.type, BATCH_TOKENS["cpu"])
         self._inner, self._blocks = base.model.base_model, decoder_layers(base.model)[1]
         self._last = max(site.layer for site in sites)

@@ -21,10 +21,9 @@ from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError, nearest
 from hyperlora.files import new_directory, push_folder, sha256
 from hyperlora.generator_config import GeneratorConfig
-from hyperlora.hypernet import HYPERNETS, Hypernet, Pair, Shape
+from hyperlora.hypernet import HYPERNETS, Hypernet, Pair, Shape, Written
 from hyperlora.norm_control import hold, update_norm
 from hyperlora.patch import Patch, Provenance, check_base
-from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SiteStatistics, calibrate
 from hyperlora.structure import (
     Site,
@@ -36,8 +35,6 @@ from hyperlora.structure import (
     text_config,
 )
 
-# While a long document is read, its patch is kept at this multiple of the final rank.
-WORKING_RANKS = 4
 _NON_FINITE = "the generator produced non-finite values; its weights do not suit this base or dtype"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Clock = dict[str, float]
@@ -51,7 +48,7 @@ class Generator(nn.Module):
         through: calls the hypernetwork where something stands around it, such as a training engine.
     """
 
-    through: Callable[..., list[Pair]] | None = None
+    through: Callable[..., list[Written]] | None = None
     _origin: Provenance | None = None  # of weights that no longer change
 
     def __init__(self, base: BaseModel, config: GeneratorConfig, name: str = "untrained"):
@@ -126,16 +123,29 @@ class Generator(nn.Module):
 
     def calls(self, documents: Sequence[list[int]]) -> int:
         """How often `factors` calls the hypernetwork: for each batch of short documents and each chunk of long ones."""
-        split = [self.encoder.chunks(ids) for ids in documents]
-        short = [chunks[0] for chunks in split if len(chunks) == 1]
-        return sum(1 for _ in self.encoder.batches(short)) + sum(len(chunks) for chunks in split if len(chunks) > 1)
+        return sum(len(self.encoder.chunks(documents[numbers[0]])) for numbers in self._batches(documents))
+
+    def _batches(self, documents: Sequence[list[int]]) -> list[list[int]]:
+        """Numbers of the documents that are read together: one-chunk ones of one rank; each longer one is alone."""
+        alone, together = [], dict[int, list[int]]()
+        for number, ids in enumerate(documents):
+            if len(self.encoder.chunks(ids)) > 1:
+                alone.append([number])
+            else:
+                together.setdefault(self.config.rank_of(len(ids)), []).append(number)
+        batches = []
+        for numbers in together.values():
+            left = iter(numbers)
+            for batch in self.encoder.batches([documents[number] for number in numbers]):
+                batches.append([next(left) for _ in batch])
+        return batches + alone
 
     def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Pair]:
         """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
 
         Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank); once where a module is
-        changed in the same way for every document. Memory does not grow with a document's length: chunks are folded one
-        after the other into a patch of `WORKING_RANKS` times the rank.
+        changed in the same way for every document. Memory does not grow with a document's length: chunks are read one
+        after the other, and what is written for them is joined.
 
         Args:
             clock: see `generate`.
@@ -143,22 +153,18 @@ class Generator(nn.Module):
                 call it as often as the one that reads most.
         """
         start, encoded = self.base.now(), (clock or {}).get("encode", 0.0)
-        encoder = self.encoder
-        split = [encoder.chunks(ids) for ids in documents]
-        short = [number for number, chunks in enumerate(split) if len(chunks) == 1]
-        long = [number for number, chunks in enumerate(split) if len(chunks) > 1]
-        batches = encoder.batches([split[number][0] for number in short])
-        read = [self._cap(self._slots(batch, clock), self.config.rank) for batch in batches]
-        read += [self._folded(split[number], clock) for number in long]
-        stacked = {site.path: _stack([factors[index] for factors in read]) for index, site in enumerate(self.sites)}
-        if short and long:
-            order = torch.tensor([*short, *long]).argsort().to(self.base.device)
-            stacked = {path: (a[order], b[order]) for path, (a, b) in stacked.items()}
+        batches = self._batches(documents)
+        read = [self._read([documents[number] for number in batch], clock) for batch in batches]
+        order = torch.tensor([number for batch in batches for number in batch]).argsort().to(self.base.device)
+        stacked = {}
+        for index, site in enumerate(self.sites):
+            a, b = _stack([factors[index] for factors in read])
+            stacked[site.path] = (a[order], b[order])
         same = read[0][len(self.sites) :]
         stacked |= {module.path: pair for module, pair in zip(self.hypernet.fixed, same, strict=True)}
         path = self.sites[0].path
         for _ in range(self.calls(documents), calls):
-            idle = self._slots([split[0][0][:2]], clock)
+            idle = self._capped(self._write([documents[0][:2]], clock), self.config.rank)
             nothing = sum(0 * factor.sum() for pair in idle for factor in pair)
             stacked[path] = (stacked[path][0] + nothing, stacked[path][1])
         if clock is not None:  # all that was not the encoder, the rank cap included
@@ -166,7 +172,7 @@ class Generator(nn.Module):
             clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + rest
         return stacked
 
-    def _slots(self, chunks: list[list[int]], clock: Clock | None) -> list[Pair]:
+    def _write(self, chunks: list[list[int]], clock: Clock | None) -> list[Written]:
         @contextmanager
         def timed() -> Iterator[None]:
             start = self.base.now()
@@ -177,35 +183,44 @@ class Generator(nn.Module):
         reading = self.encoder.open(chunks, nullcontext if clock is None else timed)
         return (self.through or self.hypernet)(reading, self.statistics)
 
-    def _cap(self, factors: list[Pair], rank: int) -> list[Pair]:
-        capped = [
-            cap_rank(a, b, rank, stat.moment)  # type: ignore[arg-type, union-attr]
-            for (a, b), stat in zip(factors[: len(self.sites)], self.statistics, strict=True)
-        ]
-        return capped + factors[len(self.sites) :]
+    def _capped(self, written: list[Written], rank: int) -> list[Pair]:
+        """Factors per site of at most `rank`, and those of the fixed modules."""
+        count, factors = len(self.sites), self.hypernet.factors
+        own = [factors(w, stat, rank) for w, stat in zip(written[:count], self._calibration, strict=True)]
+        return own + [(a, b) for a, b in written[count:]]
 
-    def _folded(self, chunks: list[list[int]], clock: Clock | None) -> list[Pair]:
-        """Factors of one document, its chunks read one at a time."""
-        state: list[Pair] | None = None
-        moments: list[Any] = [stat.moment for stat in self.statistics]
-        limit, norms = self.config.norm_limit, []  # norms by chunk and site
+    def _read(self, documents: list[list[int]], clock: Clock | None) -> list[Pair]:
+        """Factors of a batch of documents of one chunk each, or of one document whose chunks are read one at a time."""
+        config, count, chunks = self.config, len(self.sites), self.encoder.chunks(documents[0])
+        rank = config.rank_of(len(documents[0]))
+        if len(chunks) == 1:
+            return self._capped(self._write(documents, clock), rank)
+        state: list[Written] | None = None
+        norms = []  # by chunk and site
         for chunk in chunks:
-            slots = self._slots([chunk], clock)
-            slots, fixed = slots[: len(self.sites)], slots[len(self.sites) :]
-            if limit is not None:
-                norms.append([update_norm(a, b, moment) for (a, b), moment in zip(slots, moments, strict=True)])
-            if state is not None:
-                slots = [
-                    (torch.cat([a, more_a], dim=1), torch.cat([b, more_b], dim=2))
-                    for (a, b), (more_a, more_b) in zip(state, slots, strict=True)
-                ]
-            state = self._cap(slots, WORKING_RANKS * self.config.rank)
+            written = self._write([chunk], clock)
+            if config.norm_limit is not None:
+                norms.append(self._norms(self._capped(written, rank)))
+            if state is None:
+                state = written
+            else:
+                joined = zip(state, written[:count], self._calibration, strict=False)
+                state[:count] = [self.hypernet.join(w, more, stat, rank) for w, more, stat in joined]
         assert state is not None
-        state = self._cap(state, self.config.rank)
-        if limit is not None:
-            bounds = [limit * torch.stack(own).amax(0) for own in zip(*norms, strict=True)]
-            state = [hold(a, b, bound, m) for (a, b), bound, m in zip(state, bounds, moments, strict=True)]
-        return state + fixed
+        pairs = self._capped(state, rank)
+        if config.norm_limit is not None:
+            bounds = [config.norm_limit * torch.stack(own).amax(0) for own in zip(*norms, strict=True)]
+            held = zip(pairs, bounds, self._calibration, strict=False)
+            pairs[:count] = [hold(a, b, bound, stat.moment) for (a, b), bound, stat in held]
+        return pairs
+
+    def _norms(self, pairs: list[Pair]) -> list[torch.Tensor]:
+        sites = zip(pairs, self._calibration, strict=False)
+        return [update_norm(a, b, stat.moment) for (a, b), stat in sites]
+
+    @property
+    def _calibration(self) -> list[SiteStatistics]:
+        return list(self.statistics)  # type: ignore[arg-type]
 
     # -- files ------------------------------------------------------------------------------------------------------
 

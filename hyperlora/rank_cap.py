@@ -1,19 +1,17 @@
-"""The best low-rank approximation of a patch for typical inputs: its singular vectors in the metric of C."""
+"""The best low-rank approximation of a patch for the inputs that matter: its singular vectors in their metric."""
 
 import torch
 from torch import Tensor, nn
 
-from hyperlora.statistics import SecondMoment
-
 _MANY = 4  # outputs to a rank from which the subspace is found by so many steps of iteration
-_STEPS = 5
+_STEPS = 8
 
 
-def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None) -> tuple[Tensor, Tensor]:
-    """Reduce B A to `rank`, minimising E |(B A - B' A') x|^2 over inputs with second moment C (plain Frobenius norm
-    when `moment` is None).
+def cap_rank(a: Tensor, b: Tensor, rank: int, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Reduce B A to `rank`, minimising E |(B A - B' A') x|^2 over inputs with second moment M (plain Frobenius norm
+    when `root` is None).
 
-    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A C^(1/2). Where they are few of
+    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A M^(1/2). Where they are few of
     the outputs, U is found by iteration, and where singular values fall off, what is kept is the most that can be but
     for a few thousandths. How many rows there are does not matter, so that a patch does not depend on the padding of
     its batch. Gradients flow through B A and treat the subspace U as a constant: the derivative of an SVD explodes
@@ -24,6 +22,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
     Args:
         a: (..., rows, d_in).
         b: (..., d_out, rows).
+        root: (..., rows, any), with root root^T = A M A^T.
 
     Returns:
         A' (..., r, d_in) and B' (..., d_out, r) with r = min(rank, rows), row i of A' and column i of B' of equal
@@ -33,7 +32,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None = None
         return _balanced(a, b)
     filled = a.detach().abs().amax(-1) > 0  # (..., rows)
     with torch.no_grad():
-        u = _leading(a.float(), b.float(), rank, moment)  # (..., d_out, rank)
+        u = _leading(b.float(), (a if root is None else root).float(), rank)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     rank = u.shape[-1]  # less than was asked for where d_out is
@@ -53,35 +52,35 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * scale, b / scale.mT
 
 
-def _leading(a: Tensor, b: Tensor, rank: int, moment: SecondMoment | None) -> Tensor:
-    """Leading `rank` left singular vectors of b a C^(1/2), strongest first where they are exact."""
-    rows, d_out = a.shape[-2], b.shape[-2]
-    root = a if moment is None else moment.factor(a)  # (..., rows, d_in + directions)
+def _leading(b: Tensor, root: Tensor, rank: int) -> Tensor:
+    """Leading `rank` left singular vectors of b root, strongest first where they are exact."""
+    rows, d_out = root.shape[-2], b.shape[-2]
     if d_out >= _MANY * rank:
-        return _iterated(b, root, rank)
+        return _iterated(b @ root, rank)
+    b, root = b.double(), root.double()  # for squaring halves the digits
     if rows >= d_out:
         product = b @ root
-        return _eigh(product @ product.mT)[1].flip(-1)[..., :rank]
-    # b root has the left singular vectors of b L, where L L^T = root root^T. Squaring halves the digits: use double.
-    b, root = b.double(), root.double()
+        return torch.linalg.eigh(product @ product.mT)[1].flip(-1)[..., :rank].float()
+    # b root has the left singular vectors of b L, where L L^T = root root^T.
     gram = root @ root.mT
     jitter = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-9)[..., None, None]
     product = b @ torch.linalg.cholesky(gram + jitter * torch.eye(rows, device=b.device, dtype=b.dtype))
-    values, right = _eigh(product.mT @ product)
+    values, right = torch.linalg.eigh(product.mT @ product)
     values, right = values.flip(-1)[..., None, :rank], right.flip(-1)[..., :rank]
     # Directions in which there is nothing to keep have no left singular vector; they stay zero.
     kept = values > 1e-12 * values[..., :1]
     return torch.where(kept, product @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
 
 
-def _iterated(b: Tensor, root: Tensor, rank: int) -> Tensor:
-    """The leading left singular vectors of b root, nearly: by subspace iteration (Halko et al. 2011, arXiv 0909.4061),
-    which never forms the product. It takes nothing but matrix products and triangles, which a GPU does for a whole
-    batch at once; QR and eigendecompositions it does one by one."""
-    start = torch.randn(b.shape[-2], rank, generator=torch.Generator().manual_seed(0))
-    found = start.to(b).expand(*b.shape[:-2], -1, -1)
+def _iterated(product: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors of a matrix, nearly: by subspace iteration (Halko et al. 2011, arXiv
+    0909.4061), to and fro so that nothing is squared: weak directions are found beside ones a thousand times as strong.
+    It takes nothing but matrix products and triangles, which a GPU does for a whole batch at once; QR and
+    eigendecompositions it does one by one."""
+    start = torch.randn(product.shape[-2], rank, generator=torch.Generator().manual_seed(0))
+    found = start.to(product).expand(*product.shape[:-2], -1, -1)
     for _ in range(_STEPS):
-        found = _orthonormal(b @ (root @ (root.mT @ (b.mT @ found))))
+        found = _orthonormal(product @ _orthonormal(product.mT @ found))
     return _orthonormal(found)
 
 
@@ -92,11 +91,3 @@ def _orthonormal(columns: Tensor) -> Tensor:
     gram = wide.mT @ wide
     factor = torch.linalg.cholesky(gram + 1e-12 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     return torch.linalg.solve_triangular(factor.mT, wide, upper=True, left=False).to(columns.dtype)
-
-
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:  # in single precision it sometimes fails on many repeated (zero) eigenvalues
-        values, vectors = torch.linalg.eigh(gram.double())
-    return values.to(gram.dtype), vectors.to(gram.dtype)

@@ -61,7 +61,7 @@ class SecondMoment(nn.Module):
         return torch.cat([a * self.diagonal.sqrt(), (a @ self.basis) * self.weight.sqrt()], dim=-1)
 
     def dense(self) -> Tensor:
-        """C itself (d_in, d_in), for tests."""
+        """C itself (d_in, d_in)."""
         return torch.diag(self.diagonal) + (self.basis * self.weight) @ self.basis.T
 
 

@@ -72,9 +72,9 @@ def test_flops_of_a_patch_are_those_of_its_parts(base: BaseModel) -> None:
         2 * sum(layers) * n + 4 * config.num_hidden_layers * n * n * config.hidden_size, rel=0.02
     )
     reading = generator.encoder.open([ids])
-    slots = generator.hypernet(reading, generator.statistics)  # reads, which is not done again
+    written = generator.hypernet(reading, generator.statistics)  # reads, which is not done again
     made = flops(lambda: generator.hypernet(reading, generator.statistics))
-    capped = flops(lambda: generator._cap(slots, generator.config.rank))
+    capped = flops(lambda: generator._capped(written, generator.config.rank))
     assert made > 0 and flops(lambda: generator.factors([ids])) == read + made + capped
     adapted = make_generator(base)
     products = sum(2 * n * 2 * (module.d_in + module.d_out) for module in adapted.hypernet.fixed)

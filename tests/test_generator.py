@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.generator import CONFIG, WEIGHTS, Generator
+from hyperlora.hypernet.slots import Slots
 from hyperlora.patch import Patch
 
 from .conftest import make_base, make_generator
@@ -19,7 +20,8 @@ def delta(patch: Patch) -> torch.Tensor:
 
 
 def same(one: Patch, other: Patch) -> None:
-    torch.testing.assert_close(delta(one), delta(other), rtol=0, atol=1e-4 * float(delta(one).abs().max()))
+    """But for rounding, which the few steps of the rank cap's iteration multiply where no direction stands out."""
+    torch.testing.assert_close(delta(one), delta(other), rtol=0, atol=1e-3 * float(delta(one).abs().max()))
 
 
 def test_a_patch_depends_on_its_document_alone(any_base: BaseModel, documents: list[str]) -> None:
@@ -51,9 +53,10 @@ def test_rank_is_capped(generator: Generator, documents: list[str]) -> None:
     assert generator.generate(documents[0]).rank == 6
 
 
-def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str]) -> None:
-    """Folding chunk by chunk loses nothing while the working rank holds every slot."""
-    generator = make_generator(base, rank=64, chunk_tokens=20)
+@pytest.mark.parametrize("name", ["memory_tokens", "perceiver"])
+def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str], name: str) -> None:
+    """Folding chunk by chunk loses nothing while the working rank holds every rank."""
+    generator = make_generator(base, hypernet=name, rank=64, chunk_tokens=20)
     ids = generator.encoder.tokenize(" ".join(documents))[:60]
     chunks = generator.encoder.chunks(ids)
     assert len(chunks) == 3
@@ -68,6 +71,39 @@ def test_chunks_fold_like_one_sum(base: BaseModel, documents: list[str]) -> None
         best = torch.linalg.matrix_rank(whole[0]).item()
         assert best <= 32  # the width of the model: rank 64 is exact
         torch.testing.assert_close(b @ a, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_chunks_of_slots_fold_like_one_document(base: BaseModel, documents: list[str]) -> None:
+    """Slots of all chunks compete with each other: as if all of them had been one chunk's."""
+    generator = make_generator(base, rank=5, chunk_tokens=20)
+    ids = generator.encoder.tokenize(" ".join(documents))[:60]
+    chunks = generator.encoder.chunks(ids)
+    assert len(chunks) == 3
+    with torch.no_grad():
+        folded = generator.factors([ids])
+        parts = [generator._write([chunk], None) for chunk in chunks]
+    for index, (site, stat) in enumerate(zip(generator.sites, generator.statistics, strict=True)):
+        groups = zip(*(part[index] for part in parts), strict=True)
+        slots = [
+            Slots(torch.cat([s.x for s in group], 1), torch.cat([s.values for s in group], 1), group[0].ridge)
+            for group in groups
+        ]
+        a, b = generator.hypernet.factors(tuple(slots), stat, 5)  # type: ignore[arg-type]
+        found_a, found_b = folded[site.path]
+        torch.testing.assert_close(found_b @ found_a, b @ a, rtol=1e-3, atol=1e-3 * float((b @ a).abs().max()))
+
+
+def test_longer_documents_may_have_more_ranks(base: BaseModel, documents: list[str]) -> None:
+    """In proportion to their length, up to the largest, in one chunk or several, beside short ones."""
+    generator = make_generator(base, rank=3, max_rank=8, rank_tokens=20, chunk_tokens=40)
+    ids = generator.encoder.tokenize(" ".join(documents) * 2)
+    texts = [generator.base.tokenizer.decode(ids[:size]) for size in (30, 15, 80, 18)]
+    tokens = [generator.encoder.tokenize(text) for text in texts]
+    assert [len(generator.encoder.chunks(own)) for own in tokens] == [1, 1, 2, 1]
+    assert generator.calls(tokens) == 4
+    assert [patch.rank for patch in generator.generate(texts)] == [6, 3, 8, 3]
+    for text, patch in zip(texts, generator.generate(texts), strict=True):
+        same(generator.generate(text), patch)
 
 
 def test_the_hypernetwork_can_be_called_more_often_to_no_effect(base: BaseModel, documents: list[str]) -> None:

@@ -9,14 +9,17 @@ from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
-from hyperlora.hypernet import HYPERNETS, Associative, MemoryTokens, Perceiver, Reading, Shape
+from hyperlora.hypernet import HYPERNETS, Associative, MemoryTokens, Pair, Perceiver, Reading, Shape
 from hyperlora.hypernet.adapter import adapter_factors
-from hyperlora.hypernet.associative import _Move, compete, strongest
+from hyperlora.hypernet.associative import _Move, strongest
 from hyperlora.patch import Patch
 from hyperlora.structure import Site
 
 from .conftest import OPTIONS, TEXT, make_base, make_generator
-from .test_statistics import fitted
+
+
+def uncapped(generator: Generator, reading: Reading) -> list[Pair]:
+    return generator._capped(generator.hypernet(reading, generator.statistics), 10**6)
 
 
 @pytest.mark.parametrize("name", sorted(HYPERNETS))
@@ -25,14 +28,14 @@ def test_contract(any_base: BaseModel, documents: list[str], name: str) -> None:
     generator = make_generator(any_base, hypernet=name)
     ids = [generator.encoder.tokenize(text) for text in documents[:2]]
     reading = generator.encoder.open(ids)
-    factors = generator.hypernet(reading, generator.statistics)
+    factors = uncapped(generator, reading)
     loss = torch.zeros(())
     changed = [*generator.sites, *generator.hypernet.fixed]
     for index, (site, (a, b)) in enumerate(zip(changed, factors, strict=True)):
         count = 1 if site in generator.hypernet.fixed else 2
         assert a.shape == (count, b.shape[2], site.d_in) and b.shape[:2] == (count, site.d_out)
         loss = loss + torch.tanh(b @ a).square().sum()
-        alone = generator.hypernet(generator.encoder.open(ids[1:]), generator.statistics)[index]
+        alone = uncapped(generator, generator.encoder.open(ids[1:]))[index]
         torch.testing.assert_close((b @ a)[-1], (alone[1] @ alone[0])[0], rtol=1e-4, atol=1e-4)
     loss.backward()
     silent = [n for n, p in generator.hypernet.named_parameters() if p.grad is None or not p.grad.any()]
@@ -50,18 +53,6 @@ def test_patches_load(base: BaseModel, documents: list[str], name: str, tmp_path
         torch.testing.assert_close(loaded.factors[site.path], patch.factors[site.path])
 
 
-def test_competing_slots_are_the_ridge_solution() -> None:
-    """B A minimises |V - X W|^2 + ridge d_in tr(W^T C W)."""
-    moment = fitted()
-    torch.manual_seed(0)
-    x, values, ridge = torch.randn(1, 10, 24), torch.randn(10, 16), torch.tensor(0.3)
-    toward = moment.solve(x)
-    update = toward[0].T @ compete(x, toward, values[None], ridge)[0]  # (d_in, d_out)
-    c = moment.dense()
-    slow = torch.linalg.solve(x[0].T @ x[0] + ridge * 24 * c, x[0].T @ values)
-    torch.testing.assert_close(update, slow, rtol=1e-3, atol=1e-4)
-
-
 def test_the_strongest_tokens_point_whatever_the_padding() -> None:
     strength = torch.tensor([[0.2, 0.9, 0.5, 0.5, 0.7], [0.3, 0.1, 9.0, 9.0, 9.0]])[..., None]
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
@@ -77,7 +68,7 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
         ids = free.encoder.tokenize(text)
         assert (len(ids) <= few) is same
         reading = free.encoder.open([ids])
-        (a, b), (capped_a, capped_b) = (g.hypernet(reading, g.statistics)[0] for g in (free, capped))
+        (a, b), (capped_a, capped_b) = (uncapped(g, reading)[0] for g in (free, capped))
         assert capped_a.shape[1] == len(ids) + min(few, len(ids))
         assert torch.allclose(b @ a, capped_b @ capped_a, atol=1e-5) is same
     with_others = capped.factors([capped.encoder.tokenize(text) for text in documents])
@@ -97,14 +88,15 @@ def test_keys_are_those_of_the_inputs_until_they_are_moved(base: BaseModel, docu
     assert isinstance(hypernet, Associative)
     fresh = hypernet(reading, generator.statistics)
     fresh = fresh[: len(x)]  # without the adapter's, which has no effect yet
-    for stat, own, (a, _) in zip(generator.statistics, x, fresh, strict=True):
-        torch.testing.assert_close(a[:, : own.shape[1]], stat.moment.solve(own))  # type: ignore[operator, union-attr]
+    for own, (copies, _) in zip(x, fresh, strict=True):
+        torch.testing.assert_close(copies.x, own)
     for name, weight in hypernet.named_parameters():
         if name.endswith(("to_copies.weight", "to_pointers.weight")):
             torch.nn.init.normal_(weight)
     after = hypernet(reading, generator.statistics)[: len(x)]
-    for own, (a, _), (moved, _) in zip(x, fresh, after, strict=True):
-        assert moved.shape[1] > own.shape[1] and bool(((moved - a).abs().amax(-1) > 1e-3).all())
+    for was, groups in zip(fresh, after, strict=True):
+        for slots, moved in zip(was, groups, strict=True):
+            assert bool(((moved.x - slots.x).abs().amax(-1) > 1e-3).all())
 
 
 def test_documents_are_read_with_the_adapter_that_answers(any_base: BaseModel, documents: list[str]) -> None:
@@ -117,10 +109,8 @@ def test_documents_are_read_with_the_adapter_that_answers(any_base: BaseModel, d
     slots = generator.hypernet(generator.encoder.open([ids]), generator.statistics)
     fixed = {path: patch.factors[path] for path in patch.provenance.fixed}
     Patch(fixed, patch.provenance).merge(any_base.model)
-    x = generator.encoder.read([ids]).inputs
-    for stat, own, (a, _) in zip(generator.statistics, x, slots, strict=False):
-        keys = stat.moment.solve(own)  # type: ignore[operator, union-attr]
-        torch.testing.assert_close(a[:, : own.shape[1]], keys, rtol=1e-3, atol=1e-4 * float(keys.abs().max()))
+    for own, (copies, _) in zip(generator.encoder.read([ids]).inputs, slots, strict=False):
+        torch.testing.assert_close(copies.x, own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
 
 
 def test_without_an_adapter_nothing_is_fixed(base: BaseModel, documents: list[str]) -> None:

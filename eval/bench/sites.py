@@ -21,7 +21,7 @@ from hyperlora.data.facts import fact_document
 from hyperlora.data.items import Item, Question
 from hyperlora.data.sources import load
 from hyperlora.encoder import Encoder
-from hyperlora.hypernet.associative import compete
+from hyperlora.hypernet.slots import compete
 from hyperlora.prompt import document_ids
 from hyperlora.statistics import SiteStatistics, calibrate
 from hyperlora.structure import attention_outputs, decoder_layers, find_sites

@@ -101,10 +101,10 @@ def straightforward(run: Trainer, drawn: list[tuple[Item, list[Row], list[Row]]]
         return found[row.start - 1 : -1], ids[0, row.start :]
 
     for item, rows, unrelated in drawn:
-        slots = run.generator.hypernet(
+        written = run.generator.hypernet(
             WholePass(run, run.generator.encoder.tokenize(item.text)), run.generator.statistics
         )
-        capped = run.generator._cap(slots, run.generator.config.rank)
+        capped = run.generator._capped(written, run.generator.config.rank)
         changed = [*run.generator.sites, *run.generator.hypernet.fixed]
         factors = {site.path: pair for site, pair in zip(changed, capped, strict=True)}
         with torch.no_grad():

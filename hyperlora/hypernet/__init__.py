@@ -1,7 +1,7 @@
 """Hypernetwork architectures behind one contract. Adding one: a file here and a class in `HYPERNETS`."""
 
 from hyperlora.hypernet.associative import Associative
-from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape
+from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape, Written
 from hyperlora.hypernet.memory_tokens import MemoryTokens
 from hyperlora.hypernet.perceiver import Perceiver
 
@@ -17,4 +17,5 @@ __all__ = [
     "Perceiver",
     "Reading",
     "Shape",
+    "Written",
 ]

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from hyperlora.hypernet.adapter import adapter_factors, adapter_parameters
 from hyperlora.hypernet.blocks import Block
-from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape
+from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape, Written
+from hyperlora.hypernet.slots import Slots, added, solved
 from hyperlora.statistics import SiteStatistics
 
 _ALPHA = 2.5  # of the adapter, which learns too slowly at the rate of the rest
@@ -90,23 +91,22 @@ class Associative(Hypernet):
             self.fixed = [module for module in shape.attention if module not in sites]
             self.adapter_a, self.adapter_b = adapter_parameters(self.fixed, adapter_rank)
 
-    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Pair]:
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Written]:
         adapter: dict[str, Pair] = {}
         if self.fixed:
             adapter = adapter_factors(self.fixed, self.adapter_rank, self.adapter_a, self.adapter_b, _ALPHA)
         features = reading.adapted(adapter) if adapter else reading.features
         z = self._read(features)
         mask = features.mask[..., None]
-        factors = []
+        written: list[Written] = []
         for index, (x, stat) in enumerate(zip(features.inputs, statistics, strict=True)):
             ridge, spread = self.log_ridge[index].exp(), stat.moment.spread()
             move: Any = self.move[index] if len(self.move) else None
             if move:
                 hidden = move(x, z, spread)
                 x = x + move.to_copies(hidden, spread)
-            x = x * mask
-            rows = [stat.moment.solve(x)]
-            columns = [compete(x, rows[0], self.copy[index](z, features.following) * mask, ridge[0])]
+            size = stat.residual_norm / stat.gain
+            slots = [Slots(x * mask, self.copy[index](z, features.following) * mask * size, ridge[0])]
             if len(self.aim):
                 point = self.point[index]
                 assert isinstance(point, _Value)
@@ -116,15 +116,17 @@ class Associative(Hypernet):
                 if move:
                     x = x + move.to_pointers(hidden.take_along_dim(tokens, dim=1), spread)
                 x = x * kept
-                toward = stat.moment.solve(x)
                 # Made as large as a typical input: x^T C^-1 x = d_in.
-                size = (x.shape[-1] / (toward * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
-                rows.append(toward * size)
-                columns.append(compete(x * size, rows[1], point(at, words) * kept, ridge[1]))
-            a = torch.cat(rows, dim=1)  # (documents, slots, d_in)
-            b = torch.cat(columns, dim=1) * (stat.residual_norm / stat.gain)
-            factors.append((a, rearrange(b, "documents slots d_out -> documents d_out slots")))
-        return factors + list(adapter.values())
+                typical = (x.shape[-1] / (stat.moment.solve(x) * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
+                slots.append(Slots(x * typical, point(at, words) * kept * size, ridge[1]))
+            written.append(tuple(slots))
+        return written + list(adapter.values())
+
+    def factors(self, written: Written, statistics: SiteStatistics, rank: int) -> Pair:
+        return solved(written, statistics.moment, rank)
+
+    def join(self, written: Written, more: Written, statistics: SiteStatistics, rank: int) -> Written:
+        return added(written, more)
 
     def _read(self, features: Features) -> Tensor:
         """z (documents, tokens, width)."""
@@ -135,14 +137,6 @@ class Associative(Hypernet):
         for block in self.blocks:
             z = block(z, features.mask)
         return self.norm(z)
-
-
-def compete(x: Tensor, toward: Tensor, values: Tensor, ridge: Tensor) -> Tensor:
-    """(x C^-1 x^T + ridge * d_in)^-1 values, for x and toward = x C^-1 (documents, tokens, d_in), zero in padded rows,
-    and values (documents, tokens, d_out): with rows of A `toward` and this as columns of B, B A = values^T K."""
-    gram = toward @ x.mT  # (documents, tokens, tokens)
-    gram = gram + ridge * x.shape[-1] * torch.eye(x.shape[1], device=x.device)
-    return torch.cholesky_solve(values, torch.linalg.cholesky(gram))
 
 
 def strongest(strength: Tensor, mask: Tensor, count: int) -> Tensor:

@@ -1,19 +1,26 @@
-"""The contract of a hypernetwork: tensors of a batch of documents in, LoRA factors for every site out, in one pass."""
+"""The contract of a hypernetwork: tensors of a batch of documents in, what to write to every site out, in one pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hyperlora.errors import InputError
+from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
 
 # Factors of one site for a batch of documents: A (documents, rank, d_in) and B (documents, d_out, rank); where they are
 # the same for all documents, once.
 Pair = tuple[Tensor, Tensor]
+# What a hypernetwork writes to one site: a Pair, or what it knows how to turn into one. Tuples of tensors and of such
+# tuples, in which a training engine finds the tensors.
+Written = tuple[Any, ...]
+# Chunks of a long document are joined at this multiple of the final rank.
+WORKING_RANKS = 4
 
 
 @dataclass
@@ -70,6 +77,9 @@ class Shape:
 class Hypernet(nn.Module, ABC):
     """Maps what the base reads and the calibration of each site to LoRA factors whose scale is already folded in.
 
+    `forward` says what is written to a site. `factors` makes a patch's A and B of it, and `join` adds what is written
+    for another chunk of the same document; by themselves they take it to be a Pair.
+
     Attributes:
         name: of the architecture, its key in the registry.
         strengths: endings of the names of parameters that set how strong a patch is; they may learn at a rate of their
@@ -82,9 +92,19 @@ class Hypernet(nn.Module, ABC):
     fixed: Sequence[Site] = ()
 
     @abstractmethod
-    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Pair]:
-        """Factors per site, then those of the `fixed` modules, once. Padded documents add zero rows; the rank at a site
-        may exceed the configured one (it is capped)."""
+    def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Written]:
+        """What is written to each site, then the Pair of each of the `fixed` modules, once. Padding adds zero rows."""
+
+    def factors(self, written: Written, statistics: SiteStatistics, rank: int) -> Pair:
+        """A and B of one site, of at most `rank`."""
+        a, b = written
+        return cap_rank(a, b, rank, statistics.moment.factor(a))
+
+    def join(self, written: Written, more: Written, statistics: SiteStatistics, rank: int) -> Written:
+        """What is written to one site for several chunks, of what is for some and `more`, in memory that does not grow
+        with the number of chunks; in the end `factors` makes `rank` ranks of it."""
+        a, b = torch.cat([written[0], more[0]], dim=1), torch.cat([written[1], more[1]], dim=2)
+        return cap_rank(a, b, WORKING_RANKS * rank, statistics.moment.factor(a))
 
     @classmethod
     def refuse(cls, reason: str) -> InputError:
