@@ -56,7 +56,7 @@ def _leading(b: Tensor, root: Tensor, rank: int) -> Tensor:
     """Leading `rank` left singular vectors of b root, strongest first where they are exact."""
     rows, d_out = root.shape[-2], b.shape[-2]
     if d_out >= _MANY * rank:
-        return _iterated(b @ root, rank)
+        return _iterated(b.double() @ root.double(), rank).float()  # rounding must not move close directions
     b, root = b.double(), root.double()  # for squaring halves the digits
     if rows >= d_out:
         product = b @ root
