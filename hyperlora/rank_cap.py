@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+_FEW = 100  # outputs below which a decomposition costs nothing
 _MANY = 4  # outputs to a rank from which the subspace is found by so many steps of iteration
 _STEPS = 8
 
@@ -55,7 +56,7 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _leading(b: Tensor, root: Tensor, rank: int) -> Tensor:
     """Leading `rank` left singular vectors of b root, strongest first where they are exact."""
     rows, d_out = root.shape[-2], b.shape[-2]
-    if d_out >= _MANY * rank:
+    if d_out >= max(_MANY * rank, _FEW):
         return _iterated(b.double() @ root.double(), rank).float()  # rounding must not move close directions
     b, root = b.double(), root.double()  # for squaring halves the digits
     if rows >= d_out:

@@ -20,8 +20,7 @@ def delta(patch: Patch) -> torch.Tensor:
 
 
 def same(one: Patch, other: Patch) -> None:
-    """But for rounding, which the few steps of the rank cap's iteration multiply where no direction stands out."""
-    torch.testing.assert_close(delta(one), delta(other), rtol=0, atol=1e-3 * float(delta(one).abs().max()))
+    torch.testing.assert_close(delta(one), delta(other), rtol=0, atol=1e-4 * float(delta(one).abs().max()))
 
 
 def test_a_patch_depends_on_its_document_alone(any_base: BaseModel, documents: list[str]) -> None:
@@ -95,13 +94,13 @@ def test_chunks_of_slots_fold_like_one_document(base: BaseModel, documents: list
 
 def test_longer_documents_may_have_more_ranks(base: BaseModel, documents: list[str]) -> None:
     """In proportion to their length, up to the largest, in one chunk or several, beside short ones."""
-    generator = make_generator(base, rank=3, max_rank=8, rank_tokens=20, chunk_tokens=40)
+    generator = make_generator(base, rank=4, max_rank=10, rank_tokens=20, chunk_tokens=40)
     ids = generator.encoder.tokenize(" ".join(documents) * 2)
     texts = [generator.base.tokenizer.decode(ids[:size]) for size in (30, 15, 80, 18)]
     tokens = [generator.encoder.tokenize(text) for text in texts]
     assert [len(generator.encoder.chunks(own)) for own in tokens] == [1, 1, 2, 1]
     assert generator.calls(tokens) == 4
-    assert [patch.rank for patch in generator.generate(texts)] == [6, 3, 8, 3]
+    assert [patch.rank for patch in generator.generate(texts)] == [8, 4, 10, 4]
     for text, patch in zip(texts, generator.generate(texts), strict=True):
         same(generator.generate(text), patch)
 
