@@ -1,18 +1,18 @@
 """The best low-rank approximation of a patch for the inputs that matter: its singular vectors in their metric."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _FEW = 100  # outputs below which a decomposition costs nothing
 _MANY = 4  # outputs to a rank from which the subspace is found by so many steps of iteration
-_STEPS = 8
+_STEPS = 5
 
 
-def cap_rank(a: Tensor, b: Tensor, rank: int, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Reduce B A to `rank`, minimising E |(B A - B' A') x|^2 over inputs with second moment M (plain Frobenius norm
-    when `root` is None).
+def cap_rank(a: Tensor, b: Tensor, rank: int, outputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Reduce B A to `rank`, minimising |(B A - B' A') X|^2 for inputs X that matter (plain Frobenius norm when
+    `outputs` is None).
 
-    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of B A M^(1/2). Where they are few of
+    The optimum is B' A' = U U^T B A, with U the leading left singular vectors of `outputs`. Where they are few of
     the outputs, U is found by iteration, and where singular values fall off, what is kept is the most that can be but
     for a few thousandths. How many rows there are does not matter, so that a patch does not depend on the padding of
     its batch. Gradients flow through B A and treat the subspace U as a constant: the derivative of an SVD explodes
@@ -23,7 +23,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, root: Tensor | None = None) -> tup
     Args:
         a: (..., rows, d_in).
         b: (..., d_out, rows).
-        root: (..., rows, any), with root root^T = A M A^T.
+        outputs: B A X (..., d_out, any); for inputs of second moment M any root of B A M A^T B^T.
 
     Returns:
         A' (..., r, d_in) and B' (..., d_out, r) with r = min(rank, rows), row i of A' and column i of B' of equal
@@ -33,7 +33,7 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, root: Tensor | None = None) -> tup
         return _balanced(a, b)
     filled = a.detach().abs().amax(-1) > 0  # (..., rows)
     with torch.no_grad():
-        u = _leading(b.float(), (a if root is None else root).float(), rank)  # (..., d_out, rank)
+        u = _leading(b.double() @ a.double() if outputs is None else outputs.double(), rank)  # (..., d_out, rank)
         peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
         u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     rank = u.shape[-1]  # less than was asked for where d_out is
@@ -53,24 +53,19 @@ def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * scale, b / scale.mT
 
 
-def _leading(b: Tensor, root: Tensor, rank: int) -> Tensor:
-    """Leading `rank` left singular vectors of b root, strongest first where they are exact."""
-    rows, d_out = root.shape[-2], b.shape[-2]
+def _leading(outputs: Tensor, rank: int) -> Tensor:
+    """Leading `rank` left singular vectors (..., d_out, rank) in float32, strongest first where they are exact. All in
+    double precision: squaring halves the digits, and rounding must not move close directions."""
+    d_out, inputs = outputs.shape[-2:]
     if d_out >= max(_MANY * rank, _FEW):
-        return _iterated(b.double() @ root.double(), rank).float()  # rounding must not move close directions
-    b, root = b.double(), root.double()  # for squaring halves the digits
-    if rows >= d_out:
-        product = b @ root
-        return torch.linalg.eigh(product @ product.mT)[1].flip(-1)[..., :rank].float()
-    # b root has the left singular vectors of b L, where L L^T = root root^T.
-    gram = root @ root.mT
-    jitter = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-9)[..., None, None]
-    product = b @ torch.linalg.cholesky(gram + jitter * torch.eye(rows, device=b.device, dtype=b.dtype))
-    values, right = torch.linalg.eigh(product.mT @ product)
+        return _iterated(outputs, rank).float()
+    if inputs >= d_out:
+        return torch.linalg.eigh(outputs @ outputs.mT)[1].flip(-1)[..., :rank].float()
+    values, right = torch.linalg.eigh(outputs.mT @ outputs)
     values, right = values.flip(-1)[..., None, :rank], right.flip(-1)[..., :rank]
     # Directions in which there is nothing to keep have no left singular vector; they stay zero.
     kept = values > 1e-12 * values[..., :1]
-    return torch.where(kept, product @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
+    return torch.where(kept, outputs @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
 
 
 def _iterated(product: Tensor, rank: int) -> Tensor:
@@ -81,14 +76,15 @@ def _iterated(product: Tensor, rank: int) -> Tensor:
     start = torch.randn(product.shape[-2], rank, generator=torch.Generator().manual_seed(0))
     found = start.to(product).expand(*product.shape[:-2], -1, -1)
     for _ in range(_STEPS):
-        found = _orthonormal(product @ _orthonormal(product.mT @ found))
+        found = _orthonormal(product @ (product.mT @ found))
     return _orthonormal(found)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Gram and Schmidt's, by the Cholesky factor of the columns' products in double precision. Applied twice, it is as
-    good as Householder's (Yamamoto et al. 2015, doi 10.1553/etna_vol44s306)."""
-    wide = nn.functional.normalize(columns.double(), dim=-2)
-    gram = wide.mT @ wide
-    factor = torch.linalg.cholesky(gram + 1e-12 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    return torch.linalg.solve_triangular(factor.mT, wide, upper=True, left=False).to(columns.dtype)
+    """Gram and Schmidt's, by the Cholesky factor of the products of the columns made equally long. Applied twice, it is
+    as good as Householder's (Yamamoto et al. 2015, doi 10.1553/etna_vol44s306)."""
+    gram = columns.mT @ columns
+    size = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).rsqrt()[..., None, :]  # one over each column's length
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(size.mT * gram * size + 1e-12 * one)
+    return columns @ (torch.linalg.solve_triangular(factor, one, upper=False) * size).mT

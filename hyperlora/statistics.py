@@ -50,7 +50,7 @@ class SecondMoment(nn.Module):
             return y
         scaled = self.basis / self.diagonal[:, None]  # (d_in, directions)
         core = torch.diag(1 / self.weight) + self.basis.T @ scaled  # (directions, directions), symmetric
-        return y - torch.linalg.solve(core, y @ self.basis, left=False) @ scaled.T
+        return y - (y @ self.basis) @ torch.linalg.solve(core, scaled.T)
 
     def spread(self) -> Tensor:
         """The root mean square of every channel (d_in,): C's diagonal, to the power of a half."""

@@ -11,7 +11,7 @@ def test_cap_is_the_best_approximation_for_typical_inputs() -> None:
     torch.manual_seed(1)
     for rows in (12, 40):  # fewer and more rows than d_out
         a, b = torch.randn(rows, 24), torch.randn(16, rows)
-        small_a, small_b = cap_rank(a, b, 5, moment.factor(a))
+        small_a, small_b = cap_rank(a, b, 5, b @ moment.factor(a))
         root = torch.linalg.cholesky(moment.dense().double())
         u, s, vh = torch.linalg.svd((b @ a).double() @ root, full_matrices=False)
         best = (u[:, :5] * s[:5]) @ vh[:5]
@@ -36,7 +36,7 @@ def test_a_small_rank_keeps_nearly_the_most_for_typical_inputs_too() -> None:
     moment = fitted()
     torch.manual_seed(3)
     a, b = torch.randn(40, 24), torch.randn(16, 40) * torch.arange(1, 17)[:, None] ** -1.0
-    small_a, small_b = cap_rank(a, b, 3, moment.factor(a))
+    small_a, small_b = cap_rank(a, b, 3, b @ moment.factor(a))
     root = torch.linalg.cholesky(moment.dense().double())
     exact = torch.linalg.svdvals((b @ a).double() @ root).square()
     kept = ((small_b @ small_a).double() @ root).square().sum()
@@ -55,11 +55,11 @@ def test_cap_without_a_metric_is_the_truncated_svd() -> None:
 def test_small_ranks_keep_their_product_and_zero_padding_changes_nothing() -> None:
     moment = fitted()
     a, b = torch.randn(1, 6, 24), torch.randn(1, 16, 6)
-    same_a, same_b = cap_rank(a, b, 6, moment.factor(a))
+    same_a, same_b = cap_rank(a, b, 6, b @ moment.factor(a))
     torch.testing.assert_close(same_b @ same_a, b @ a)
     torch.testing.assert_close(same_a.norm(dim=-1), same_b.norm(dim=-2))
     pad_a, pad_b = torch.cat([a, torch.zeros(1, 3, 24)], 1), torch.cat([b, torch.zeros(1, 16, 3)], 2)
-    small, padded = cap_rank(a, b, 4, moment.factor(a)), cap_rank(pad_a, pad_b, 4, moment.factor(pad_a))
+    small, padded = cap_rank(a, b, 4, b @ moment.factor(a)), cap_rank(pad_a, pad_b, 4, pad_b @ moment.factor(pad_a))
     torch.testing.assert_close(small[1] @ small[0], padded[1] @ padded[0], rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_a_rank_beyond_the_outputs_keeps_everything() -> None:
     for filled in (3, 9):
         a, b = torch.zeros(12, 24), torch.zeros(5, 12)
         a[:filled], b[:, :filled] = torch.randn(filled, 24), torch.randn(5, filled)
-        small_a, small_b = cap_rank(a, b, 8, fitted().factor(a))
+        small_a, small_b = cap_rank(a, b, 8, b @ fitted().factor(a))
         assert small_a.shape == (5, 24) and small_b.shape == (5, 5)
         torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-4, atol=1e-4)
 
@@ -85,7 +85,7 @@ def test_a_gradient_does_not_depend_on_padding() -> None:
         alone = found == []
         rows, columns = (rows[:1, :3], columns[:1, :, :3]) if alone else (rows, columns)
         rows, columns = rows.requires_grad_(), columns.requires_grad_()
-        small_a, small_b = cap_rank(rows, columns, 4, fitted().factor(rows))
+        small_a, small_b = cap_rank(rows, columns, 4, columns @ fitted().factor(rows))
         ((small_b @ small_a)[0] - towards).square().sum().backward()
         assert rows.grad is not None and columns.grad is not None
         found.append((rows.grad[0, list(places)], columns.grad[0][:, list(places)]))

@@ -24,7 +24,7 @@ def slow(some: Slots) -> torch.Tensor:
 
 def test_the_update_of_slots_is_the_ridge_solution() -> None:
     for some in (slots(10, 0), slots(60, 1)):  # fewer and more than inputs
-        for a, b in (some.update(fitted()), some.equations.update(fitted())):
+        for a, b, _ in (some.update(fitted()), some.equations.update(fitted())):
             torch.testing.assert_close((b @ a).double(), slow(some), rtol=1e-3, atol=1e-4)
 
 

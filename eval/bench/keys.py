@@ -56,7 +56,7 @@ def measure(generator: Generator, documents: list[list[int]], others: list[list[
         for site, x, stat in zip(generator.sites, features.inputs, generator.statistics, strict=True):
             values = c * stat.residual_norm / stat.gain * features.following
             a, b = slots(x, values, stat.moment)
-            factors[site.path] = cap_rank(a, b.mT, generator.config.rank, stat.moment.factor(a))
+            factors[site.path] = cap_rank(a, b.mT, generator.config.rank, b.mT @ stat.moment.factor(a))
         with inject(generator.base.model, factors):
             own += loss(generator.base, sink + document) / len(documents)
             other += loss(generator.base, sink + unrelated) / len(documents)

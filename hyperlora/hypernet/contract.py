@@ -98,13 +98,13 @@ class Hypernet(nn.Module, ABC):
     def factors(self, written: Written, statistics: SiteStatistics, rank: int) -> Pair:
         """A and B of one site, of at most `rank`."""
         a, b = written
-        return cap_rank(a, b, rank, statistics.moment.factor(a))
+        return cap_rank(a, b, rank, b @ statistics.moment.factor(a))
 
     def join(self, written: Written, more: Written, statistics: SiteStatistics, rank: int) -> Written:
         """What is written to one site for several chunks, of what is for some and `more`, in memory that does not grow
         with the number of chunks; in the end `factors` makes `rank` ranks of it."""
         a, b = torch.cat([written[0], more[0]], dim=1), torch.cat([written[1], more[1]], dim=2)
-        return cap_rank(a, b, WORKING_RANKS * rank, statistics.moment.factor(a))
+        return cap_rank(a, b, WORKING_RANKS * rank, b @ statistics.moment.factor(a))
 
     @classmethod
     def refuse(cls, reason: str) -> InputError:

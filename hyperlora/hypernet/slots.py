@@ -41,11 +41,12 @@ class Equations(NamedTuple):
     def equations(self) -> "Equations":
         return self
 
-    def update(self, moment: SecondMoment) -> Pair:
+    def update(self, moment: SecondMoment) -> "Update":
         system = self.gram + self.ridge.double() * self.gram.shape[-1] * moment.dense().double()
         w = torch.cholesky_solve(self.cross, torch.linalg.cholesky(system)).to(moment.diagonal.dtype)
         a = rearrange(w, "documents d_in d_out -> documents d_out d_in")
-        return a, torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand(len(a), -1, -1)
+        b = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand(len(a), -1, -1)
+        return Update(a, b, a @ self.seen().mT)
 
     def seen(self) -> Tensor:
         """(documents, d_in, d_in), with the products of `Slots.seen`."""
@@ -72,15 +73,29 @@ class Slots(NamedTuple):
         x, values, seen = (t.double() for t in (self.x, self.values, self.seen()))
         return Equations(x.mT @ x, x.mT @ values, seen.mT @ seen, self.ridge)
 
-    def update(self, moment: SecondMoment) -> Pair:
-        """The update as A and B, one rank to a slot."""
+    def update(self, moment: SecondMoment) -> "Update":
+        """One rank to a slot."""
         a = moment.solve(self.x)
         columns = compete(self.x, a, self.values, self.ridge)
-        return a, rearrange(columns, "documents slots d_out -> documents d_out slots")
+        # By the equations that the columns solve: (G + ridge d_in) columns = values, and the update answers G columns.
+        own = (self.values - self.ridge * self.x.shape[-1] * columns) * self._size()
+        return Update(a, rearrange(columns, "documents slots d_out -> documents d_out slots"), own.detach().mT)
 
     def seen(self) -> Tensor:
         """The inputs, as large as what is written there (documents, slots, d_in)."""
-        return self.x.detach() * self.values.detach().norm(dim=-1, keepdim=True)
+        return self.x.detach() * self._size()
+
+    def _size(self) -> Tensor:
+        return self.values.detach().norm(dim=-1, keepdim=True)
+
+
+class Update(NamedTuple):
+    """A (documents, rows, d_in) and B (documents, d_out, rows) of a group, and `own`, what they write at the group's
+    own `seen` inputs (documents, d_out, slots)."""
+
+    a: Tensor
+    b: Tensor
+    own: Tensor
 
 
 def compete(x: Tensor, toward: Tensor, values: Tensor, ridge: Tensor) -> Tensor:
@@ -100,7 +115,15 @@ def added(some: Sequence[Slots | Equations], more: Sequence[Slots | Equations]) 
 def solved(groups: Sequence[Slots | Equations], moment: SecondMoment, rank: int) -> Pair:
     """The sum of the updates of groups of slots that do not compete with each other, at no more than `rank`."""
     updates = [group.update(moment) for group in groups]
-    a, b = torch.cat([a for a, _ in updates], dim=1), torch.cat([b for _, b in updates], dim=2)
+    a, b = torch.cat([one.a for one in updates], dim=1), torch.cat([one.b for one in updates], dim=2)
     with torch.no_grad():
-        root = a @ torch.cat([group.seen() for group in groups], dim=1).mT
-    return cap_rank(a, b, rank, root)
+        outputs = torch.cat(
+            [_written(updates, own, group.seen()) for own, group in zip(updates, groups, strict=True)], dim=2
+        )
+    return cap_rank(a, b, rank, outputs)
+
+
+def _written(updates: Sequence[Update], own: Update, seen: Tensor) -> Tensor:
+    """What all updates together write at the inputs of one of them, `own` (documents, d_out, slots)."""
+    others = (one for one in updates if one is not own)
+    return own.own + sum(one.b @ (one.a @ seen.mT) for one in others)
