@@ -17,6 +17,7 @@ import torch
 import transformers  # as a whole: it loads its classes when they are first used
 
 from hyperlora.errors import HyperloraError, nearest
+from hyperlora.files import file_sha256
 from hyperlora.prompt import PromptFormat, prompt_format
 from hyperlora.structure import text_config
 
@@ -154,11 +155,7 @@ EMBEDDED: dict[str, Callable[[], Path]] = {DEFAULT_BASE: _smollm2_gguf, "gemma3-
 
 def _converted(gguf: Path) -> Path:
     """Directory of the dense model in `gguf`, converted once and kept in the cache."""
-    digest = hashlib.sha256()
-    with gguf.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    target = cache_dir() / f"{gguf.stem}-{digest.hexdigest()[:12]}"
+    target = cache_dir() / f"{gguf.stem}-{file_sha256(gguf)[:12]}"
     if (target / "config.json").exists():
         return target
 

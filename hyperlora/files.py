@@ -96,6 +96,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def push_folder(save: Callable[[Path], None], repository: str, private: bool, token: str | None) -> str:
     """Upload what `save` writes to the hub repository `repository` (user/name) and return its address."""
     from huggingface_hub import HfApi

@@ -1,26 +1,22 @@
 """The generator: encoder and hypernetwork behind one call, document in, patch out."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from hyperlora import __version__
-from hyperlora.base_model import BaseModel, Fingerprint, load_base
+from hyperlora.base_model import BaseModel, load_base
 from hyperlora.encoder import Encoder
 from hyperlora.errors import InputError, nearest
-from hyperlora.files import new_directory, push_folder, sha256
+from hyperlora.files import push_folder, sha256
 from hyperlora.generator_config import GeneratorConfig
+from hyperlora.generator_files import StoredGenerator, stored_tensors, write_generator
 from hyperlora.hypernet import HYPERNETS, Hypernet, Pair, Shape, Written
 from hyperlora.norm_control import hold, update_norm
 from hyperlora.patch import Patch, Provenance, check_base
@@ -36,7 +32,6 @@ from hyperlora.structure import (
 )
 
 _NON_FINITE = "the generator produced non-finite values; its weights do not suit this base or dtype"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Clock = dict[str, float]
 
 
@@ -107,7 +102,7 @@ class Generator(nn.Module):
         if self._origin is not None and not any(weight.requires_grad for weight in self.parameters()):
             return self._origin
         digest = hashlib.sha256(self.config.model_dump_json().encode())
-        for name, tensor in sorted(self._saved_tensors().items()):
+        for name, tensor in sorted(stored_tensors(self.state_dict()).items()):
             digest.update(name.encode())
             digest.update(tensor.numpy().tobytes())
         self._origin = Provenance(
@@ -230,7 +225,6 @@ class Generator(nn.Module):
         Raises:
             InputError: the directory exists (without `force`) or the disk cannot be written.
         """
-        tensors = self._saved_tensors()
         record = {
             "name": self.name,
             "version": __version__,
@@ -239,15 +233,7 @@ class Generator(nn.Module):
             "sites": [site.to_dict() for site in self.sites],
             "generator": self.config.model_dump(),
         }
-        with new_directory(Path(path), force) as folder:
-            (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-    def _saved_tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            name: tensor.detach().to("cpu", torch.float16 if name.startswith("hypernet.") else None).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
+        write_generator(Path(path), record, stored_tensors(self.state_dict()), force)
 
     @classmethod
     def from_pretrained(
@@ -263,35 +249,24 @@ class Generator(nn.Module):
             InputError: no generator there, or a damaged one.
             BaseMismatch: it was trained for another base.
         """
-        folder = _locate(name)
-        try:
-            record = json.loads((folder / CONFIG).read_text())
-            config = GeneratorConfig(**record["generator"])
-            wanted = Provenance(record["base"], Fingerprint(**record["fingerprint"]))
-            shapes = _shapes(folder / WEIGHTS)
-        except (OSError, SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} holds no usable generator ({str(error).splitlines()[0]})") from error
-        base = base or load_base(wanted.base, **options)
-        check_base(wanted, base.fingerprint, base.name)
+        stored = StoredGenerator.find(name)
+        base, config = base or load_base(stored.wanted.base, **options), stored.config
+        check_base(stored.wanted, base.fingerprint, base.name)
         sites = sites_of(base, config)
-        if record.get("sites") != [site.to_dict() for site in sites]:
-            raise InputError(f"{folder} was trained on other modules of {base.name} than are found now; train it again")
+        if stored.sites != [site.to_dict() for site in sites]:
+            raise InputError(
+                f"{stored.folder} was trained on other modules of {base.name} than are found now; train it again"
+            )
         with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
             statistics, hypernet = _modules(base, config, sites)
-        expected = {
-            f"{part}.{key}": tuple(tensor.shape)
-            for part, module in (("statistics", statistics), ("hypernet", hypernet))
-            for key, tensor in module.state_dict().items()
-        }
-        if expected != shapes:
-            wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
-            raise InputError(f"{folder / WEIGHTS} does not fit its config.json: {len(wrong)} tensors, first {wrong[0]}")
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-        if bad:
-            raise InputError(f"{folder / WEIGHTS} has non-finite values in {bad[0]}")
-        generator = cls(base, config, record["name"])
+        tensors = stored.tensors(
+            {
+                f"{part}.{key}": tuple(tensor.shape)
+                for part, module in (("statistics", statistics), ("hypernet", hypernet))
+                for key, tensor in module.state_dict().items()
+            }
+        )
+        generator = cls(base, config, stored.name)
         generator.load_state_dict(tensors)
         return generator.eval().requires_grad_(False)
 
@@ -319,31 +294,6 @@ def _modules(base: BaseModel, config: GeneratorConfig, sites: list[Site]) -> tup
         return statistics, HYPERNETS[config.hypernet](shape, **config.options)
     except TypeError as error:
         raise InputError(f"options of the hypernet {config.hypernet}: {error}") from error
-
-
-def _locate(name: str | Path | None) -> Path:
-    if name is None:
-        folder = Path(str(files("hyperlora") / "pretrained"))
-        if not (folder / CONFIG).exists():
-            raise InputError("this installation carries no trained generator; train one or pass its directory")
-        return folder
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
-        raise InputError(f"no generator at {name}: give a directory that `hyperlora train` wrote, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"no generator {name}: neither a directory here nor to be had from the hub") from error
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, from its header alone."""
-    with safe_open(path, framework="pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def _trimmed(factors: dict[str, Pair]) -> dict[str, Pair]:

@@ -70,9 +70,9 @@ def _leading(outputs: Tensor, rank: int) -> Tensor:
 
 def _iterated(product: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors of a matrix, nearly: by subspace iteration (Halko et al. 2011, arXiv
-    0909.4061), to and fro so that nothing is squared: weak directions are found beside ones a thousand times as strong.
-    It takes nothing but matrix products and triangles, which a GPU does for a whole batch at once; QR and
-    eigendecompositions it does one by one."""
+    0909.4061), in double precision, in which weak directions are found beside ones a thousand times as strong. It takes
+    nothing but matrix products and triangles, which a GPU does for a whole batch at once; QR and eigendecompositions it
+    does one by one."""
     start = torch.randn(product.shape[-2], rank, generator=torch.Generator().manual_seed(0))
     found = start.to(product).expand(*product.shape[:-2], -1, -1)
     for _ in range(_STEPS):

@@ -231,6 +231,22 @@ training: {{patch: {log}}}
     assert loads == ["some/reader"]  # kept in the cache
 
 
+def test_a_reader_whose_files_have_changed_reads_again(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, loads = tmp_path / "reader", []
+    reader.mkdir()
+    (reader / "config.json").write_text("{}")
+    experiment.write_text(experiment.read_text() + f"\nreaders: {{other: {reader}}}\n")
+    other = make_base(seed=5)
+    monkeypatch.setattr("hyperlora.compare.reply_scores.load_base", lambda name, **_: loads.append(name) or other)
+    comparison = compared(experiment, base, tmp_path / "out")
+    for weights, read in (("one", 1), ("one", 1), ("two", 2)):
+        (reader / "model.safetensors").write_text(weights)
+        comparison.report("x")
+        assert len(loads) == read
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

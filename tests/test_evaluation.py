@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,23 @@ def test_replies_are_greedy_whatever_the_base_brings(base: BaseModel) -> None:
 
 
 def test_report_has_intervals_and_controls(generator: Generator, tmp_path: object) -> None:
-    result = evaluate_answers(generator, 2, False, None, 3, 200, ["patch", "swapped"])
+    result = evaluate_answers(generator, "some facts", fact_items(2, 3), ["patch", "swapped"])
     assert result["documents"] == 3 and result["questions"] == 6 and result["generator"]["rank"] == 6
     assert set(result["scores"]) == {"patch", "swapped", "patch - swapped"}
     assert "| patch - swapped | " in table(result)
     with pytest.raises(InputError, match="did you mean 'swapped'"):
-        evaluate_answers(generator, 2, False, None, 3, 200, ["swaped"])
+        evaluate_answers(generator, "some facts", fact_items(2, 3), ["swaped"])
+
+
+def test_scores_stand_by_tag_too(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right where the length is 9, wrong elsewhere."""
+    items = [replace(item, tags={"length": 9 if n < 3 else 10}) for n, item in enumerate(fact_items(1, 4))]
+    given = [item.questions[0].reply if item.tags["length"] == 9 else "?" for item in items]
+    monkeypatch.setattr("hyperlora.evaluation.report.answer", lambda *_, **__: {"patch": given})
+    result = evaluate_answers(generator, "tagged", items, ["patch"])
+    assert result["by"] == {"length": {"9": {"patch": (1, 1, 1)}, "10": {"patch": (0, 0, 0)}}}
+    lines = table(result).splitlines()
+    assert lines[-3:] == ["|---|---|", "| 9 | 1.000 [1.000, 1.000] |", "| 10 | 0.000 [0.000, 0.000] |"]
 
 
 def test_forgetting_measures_the_rise_in_loss(base: BaseModel, tmp_path: object) -> None:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
-from hyperlora.generator import CONFIG, WEIGHTS, Generator
+from hyperlora.generator import Generator
+from hyperlora.generator_files import CONFIG, WEIGHTS
 from hyperlora.hypernet.slots import Slots
 from hyperlora.patch import Patch
 

@@ -13,7 +13,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item
 from hyperlora.data.rows import asked_of_context
 from hyperlora.errors import InputError
-from hyperlora.evaluation.items import qa_items
+from hyperlora.evaluation.items import needle_items, qa_items
 from hyperlora.tasks import TASKS, Task, read_task
 
 from .conftest import make_base
@@ -103,6 +103,20 @@ def test_questions_about_documents_are_those_of_evaluation(specs: Specs, base: B
     assert len(two) == 12 and all(len(item.questions) == 2 for item in two)
     with pytest.raises(InputError, match=r"qa has no documents.* at most 2 tokens"):
         read_task({"task": "qa", "source": source, "max_tokens": 2}, "test").load(base)
+
+
+def test_needles_are_evaluated_at_every_length_and_depth(
+    base: BaseModel, books: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPERLORA_DATA", str(Path(books).parent))
+    write_lines(
+        Path(books).parent / "gutenberg_books.jsonl.gz",
+        [json.loads(line) for line in Path(books).read_text().splitlines()],
+    )
+    items = needle_items(base, [200, 300], 20)
+    cells = [(item.tags["length"], item.tags["depth"]) for item in items]
+    assert sorted(cells) == sorted(2 * [(length, depth / 4) for length in (200, 300) for depth in range(5)])
+    assert all(abs(tokens(base, item.text) - item.tags["length"]) < 16 for item in items)
 
 
 def halves(item: Item, value: str) -> tuple[str, str, str]:

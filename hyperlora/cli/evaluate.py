@@ -15,6 +15,9 @@ def evaluate(
     facts: Annotated[int | None, typer.Option(min=1, help="Invented facts per document.")] = None,
     new_attributes: Annotated[bool, typer.Option(help="With --facts: attributes that no recipe trains on.")] = False,
     qa: Annotated[str | None, typer.Option(help="A SQuAD-style source or file, one question per document.")] = None,
+    needles: Annotated[
+        str | None, typer.Option(help="One invented fact in a piece of a book; its tokens, e.g. 200,500,1000,2000.")
+    ] = None,
     forgetting: Annotated[str | None, typer.Option(help="Text source on which the loss with a patch is taken.")] = None,
     second_copy: Annotated[
         str | None, typer.Option(help="Source whose documents are read with their own patch.")
@@ -30,10 +33,14 @@ def evaluate(
     dtype: options.Dtype = None,
 ) -> None:
     """Score a generator against full context, no context and another document's patch (95 % bootstrap intervals)."""
+    from hyperlora.evaluation.items import fact_items, needle_items, qa_items
     from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, evaluate_second_copy, table
 
-    if sum(choice is not None for choice in (facts, qa, forgetting, second_copy)) != 1:
-        raise InputError("choose one of --facts N, --qa SOURCE, --forgetting SOURCE and --second-copy SOURCE")
+    if sum(choice is not None for choice in (facts, qa, needles, forgetting, second_copy)) != 1:
+        raise InputError(
+            "choose one of --facts N, --qa SOURCE, --needles TOKENS, --forgetting SOURCE, --second-copy SOURCE"
+        )
+    lengths = [_tokens(length) for length in needles.split(",")] if needles else []
     if output is not None and not output.parent.is_dir():
         raise InputError(f"no directory {output.parent} for the result; make it first")
     loaded = loading.load(generator, base, loading.base_options(device, dtype, None, False))
@@ -42,7 +49,20 @@ def evaluate(
     elif second_copy is not None:
         result = evaluate_second_copy(loaded, second_copy, max_tokens, items)
     else:
-        result = evaluate_answers(loaded, facts, new_attributes, qa, items, max_tokens, conditions.split(","))
+        if facts is not None:
+            name = f"{facts} facts" + (", new attributes" if new_attributes else "")
+            asked = fact_items(facts, items or 500, new_attributes)
+        elif qa is not None:
+            name, asked = f"{qa}, up to {max_tokens} tokens", qa_items(qa, loaded.base, max_tokens, items)
+        else:
+            name, asked = f"needles in {needles} tokens", needle_items(loaded.base, lengths, items or 500)
+        result = evaluate_answers(loaded, name, asked, conditions.split(","))
     print(json.dumps(result) if as_json else table(result))
     if output is not None:
         write_text(output, json.dumps(result, indent=1) + "\n")
+
+
+def _tokens(length: str) -> int:
+    if not length.strip().isdecimal():
+        raise InputError(f"--needles: {length!r} is no number of tokens; give some, with commas between them")
+    return int(length)

@@ -1,6 +1,7 @@
 """Scores of finished replies that need a model of their own: BERTScore, and how likely other models find them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bert_score import bert_score, installed_encoder, load_encoder
+from hyperlora.files import file_sha256
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Runtime
@@ -41,7 +43,7 @@ def add_reply_scores(
     if "bert_score" in experiment.metrics:
         makers["bert_score"] = (None, _bert)
     for label, name in experiment.readers.items():
-        makers[f"reply_nll_{label}"] = (name, lambda name=name: _reader(base, name))  # type: ignore[misc]
+        makers[f"reply_nll_{label}"] = (_weights(name), lambda name=name: _reader(base, name))  # type: ignore[misc]
     bar = tqdm(total=len(makers) * len(found), unit="unit", desc="scores of replies", disable=not makers)
     for metric, (identity, make) in makers.items():
         scorer: Scorer | None = None  # loaded when something is missing
@@ -70,6 +72,14 @@ def _bert() -> Scorer:
         return [[next(scores).f1 for _ in group] for group in replies]
 
     return score
+
+
+def _weights(name: str | None) -> Any:
+    """What tells a reader's weights from those of another of the same name: its files, or the hub's id. The
+    experiment's own base, None, is in the key of every record."""
+    if name is None or not (folder := Path(locate(name))).is_dir():
+        return name
+    return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def _reader(base: BaseModel, name: str | None) -> Scorer:

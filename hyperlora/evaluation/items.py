@@ -9,6 +9,8 @@ from hyperlora.data.sources import load
 from hyperlora.errors import InputError
 from hyperlora.prompt import document_ids
 from hyperlora.recipe import Evaluation
+from hyperlora.tasks import read_task
+from hyperlora.tasks.needles import Needles
 
 
 def fact_items(facts: int, count: int, new_attributes: bool = False) -> list[Item]:
@@ -24,6 +26,12 @@ def qa_items(source: str, base: BaseModel, max_tokens: int, count: int | None = 
             question = min(item.questions, key=lambda question: zlib.crc32(question.text.encode()))
             items.append(Item(item.id, item.text, (question,)))
     return items[:count]
+
+
+def needle_items(base: BaseModel, lengths: list[int], count: int) -> list[Item]:
+    """`count` excerpts of books of `lengths` tokens with an invented fact at five depths. Raises InputError."""
+    setting = {"task": Needles.name, "lengths": lengths, "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "items": count}
+    return read_task(setting, "needles").load(base)
 
 
 def evaluation_sets(setting: Evaluation, base: BaseModel) -> dict[str, list[Item]]:

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
+from hyperlora.data.items import Item
 from hyperlora.data.mix import window
 from hyperlora.data.sources import load, load_texts
 from hyperlora.errors import InputError, nearest
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.controls import CONDITIONS, answer
 from hyperlora.evaluation.gain import recovered_gain
-from hyperlora.evaluation.items import fact_items, qa_items
 from hyperlora.evaluation.metrics import METRICS
 from hyperlora.generator import Generator
 from hyperlora.groups import partnered
@@ -27,25 +27,13 @@ _BATCH = 16
 
 
 def evaluate_answers(
-    generator: Generator,
-    facts: int | None,
-    new_attributes: bool,
-    qa: str | None,
-    count: int | None,
-    max_tokens: int,
-    conditions: Sequence[str],
+    generator: Generator, name: str, items: Sequence[Item], conditions: Sequence[str]
 ) -> dict[str, Any]:
-    """Scores per condition, and patch minus swapped patch, each as [mean, low, high] over documents."""
+    """Scores per condition, and patch minus swapped patch, each as [mean, low, high] over documents, also `by` the
+    documents' tags and their values. `name` is the set's."""
     for condition in conditions:
         if condition not in CONDITIONS:
             raise InputError(f"unknown condition {condition!r}; {nearest(condition, CONDITIONS)}")
-    if facts is not None:
-        items = fact_items(facts, count or 500, new_attributes)
-        name = f"{facts} facts" + (", new attributes" if new_attributes else "")
-    else:
-        assert qa is not None
-        items = qa_items(qa, generator.base, max_tokens, count)
-        name = f"{qa}, up to {max_tokens} tokens"
     if len(items) < 2:
         raise InputError(f"{name}: {len(items)} document(s); the swapped control needs at least two")
     replies = answer(generator, items, conditions, progress=name)
@@ -72,7 +60,23 @@ def evaluate_answers(
         "questions": len(accepted),
         "generator": _origin(generator),
         "scores": scores,
+        "by": _by_tag(items, {condition: per_document[condition, "exact_match"] for condition in conditions}),
     }
+
+
+def _by_tag(items: Sequence[Item], scores: dict[str, list[float]]) -> dict[str, Any]:
+    """Tag -> its value -> condition -> exact match as [mean, low, high]."""
+    found: dict[str, Any] = {}
+    for tag in dict.fromkeys(tag for item in items for tag in item.tags):
+        values = [item.tags.get(tag) for item in items]
+        found[tag] = {
+            str(value): {
+                condition: interval([score for score, own in zip(all_scores, values, strict=True) if own == value])
+                for condition, all_scores in scores.items()
+            }
+            for value in sorted({value for value in values if value is not None})
+        }
+    return found
 
 
 def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: int = 256) -> dict[str, Any]:
@@ -174,11 +178,19 @@ def table(result: dict[str, Any]) -> str:
         f"|---|{'---|' * len(metrics)}",
     ]
     for condition, values in result["scores"].items():
-        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in values.values()]
-        lines.append(f"| {condition} | {' | '.join(cells)} |")
+        lines.append(f"| {condition} | {' | '.join(map(_cell, values.values()))} |")
+    for tag, found in result.get("by", {}).items():
+        names = list(next(iter(found.values())))
+        lines += ["", f"| {tag}, exact match | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+        lines += [f"| {value} | {' | '.join(map(_cell, scores.values()))} |" for value, scores in found.items()]
     if share := result.get("share"):
         found = (
             "too weak a drop to divide by" if share["weak"] else "{gain:.3f} [{low:.3f}, {high:.3f}]".format(**share)
         )
         lines.append(f"\nshare of the drop from none to full that the patch gives: {found}")
     return "\n".join(lines)
+
+
+def _cell(value: Sequence[float]) -> str:
+    mean, low, high = value
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
