@@ -180,8 +180,8 @@ class Generator(nn.Module):
 
     def _capped(self, written: list[Written], rank: int) -> list[Pair]:
         """Factors per site of at most `rank`, and those of the fixed modules."""
-        count, factors = len(self.sites), self.hypernet.factors
-        own = [factors(w, stat, rank) for w, stat in zip(written[:count], self._calibration, strict=True)]
+        count = len(self.sites)
+        own = self.hypernet.factors(written[:count], self._calibration, rank)
         return own + [(a, b) for a, b in written[count:]]
 
     def _read(self, documents: list[list[int]], clock: Clock | None) -> list[Pair]:

@@ -1,5 +1,7 @@
 """The best low-rank approximation of a patch for the inputs that matter: its singular vectors in their metric."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,30 @@ def cap_rank(a: Tensor, b: Tensor, rank: int, outputs: Tensor | None = None) -> 
         A' (..., r, d_in) and B' (..., d_out, r) with r = min(rank, rows), row i of A' and column i of B' of equal
         norm; the strongest first, nearly so after iteration, when the rank was reduced.
     """
-    if a.shape[-2] <= rank:
-        return _balanced(a, b)
+    return cap_ranks([(a, b, b.double() @ a.double() if outputs is None else outputs)], rank)[0]
+
+
+def cap_ranks(sites: Sequence[tuple[Tensor, Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
+    """`cap_rank` of A, B and outputs of several sites; those of equal shapes together, for their matrices are small and
+    many."""
+    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for index, (a, _, outputs) in enumerate(sites):
+        if a.shape[-2] > rank:
+            alike.setdefault((a.shape, outputs.shape), []).append(index)
+    capped = [_balanced(a, b) if a.shape[-2] <= rank else (a, b) for a, b, _ in sites]
+    for indices in alike.values():
+        with torch.no_grad():
+            subspaces = _leading(torch.stack([sites[index][2] for index in indices]).double(), rank)
+        for index, u in zip(indices, subspaces, strict=True):
+            capped[index] = _within(u, *capped[index])
+    return capped
+
+
+def _within(u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """U U^T B A as factors, for U (..., d_out, rank)."""
     filled = a.detach().abs().amax(-1) > 0  # (..., rows)
-    with torch.no_grad():
-        u = _leading(b.double() @ a.double() if outputs is None else outputs.double(), rank)  # (..., d_out, rank)
-        peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-        u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
+    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    u = u * peak.sign()  # eigenvectors have no sign of their own; fix it, so that equal input gives equal output
     rank = u.shape[-1]  # less than was asked for where d_out is
     first = filled.int().argsort(dim=-1, descending=True, stable=True)[..., :rank]
     few = (filled.sum(-1) <= rank)[..., None, None]

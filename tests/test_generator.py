@@ -88,7 +88,7 @@ def test_chunks_of_slots_fold_like_one_document(base: BaseModel, documents: list
             Slots(torch.cat([s.x for s in group], 1), torch.cat([s.values for s in group], 1), group[0].ridge)
             for group in groups
         ]
-        a, b = generator.hypernet.factors(tuple(slots), stat, 5)  # type: ignore[arg-type]
+        a, b = generator.hypernet.factors([tuple(slots)], [stat], 5)[0]  # type: ignore[list-item]
         found_a, found_b = folded[site.path]
         torch.testing.assert_close(found_b @ found_a, b @ a, rtol=1e-3, atol=1e-3 * float((b @ a).abs().max()))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hyperlora.rank_cap import cap_rank
+from hyperlora.rank_cap import cap_rank, cap_ranks
 
 from .test_statistics import fitted
 
@@ -71,6 +71,17 @@ def test_a_rank_beyond_the_outputs_keeps_everything() -> None:
         small_a, small_b = cap_rank(a, b, 8, b @ fitted().factor(a))
         assert small_a.shape == (5, 24) and small_b.shape == (5, 5)
         torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-4, atol=1e-4)
+
+
+def test_sites_capped_together_are_as_each_alone() -> None:
+    """Of three shapes, one of which has few enough rows already."""
+    torch.manual_seed(0)
+    shapes = [(40, 24, 128), (40, 24, 128), (40, 24, 16), (3, 24, 128)]
+    sites = [(torch.randn(2, rows, d_in), torch.randn(2, d_out, rows)) for rows, d_in, d_out in shapes]
+    together = cap_ranks([(a, b, b @ a) for a, b in sites], 5)
+    for (a, b), found in zip(sites, together, strict=True):
+        for one, other in zip(found, cap_rank(a, b, 5, b @ a), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_does_not_depend_on_padding() -> None:

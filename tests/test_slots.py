@@ -1,6 +1,9 @@
+from collections.abc import Sequence
+
 import torch
 
-from hyperlora.hypernet.slots import Slots, added, solved
+from hyperlora.hypernet.slots import Equations, Slots, added, solved
+from hyperlora.rank_cap import cap_rank
 
 from .test_statistics import fitted
 
@@ -13,6 +16,11 @@ def slots(count: int, seed: int) -> Slots:
 
 def joined(*parts: Slots) -> Slots:
     return Slots(torch.cat([p.x for p in parts], 1), torch.cat([p.values for p in parts], 1), parts[0].ridge)
+
+
+def capped(groups: Sequence[Slots | Equations], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b, outputs = solved(groups, fitted())
+    return cap_rank(a, b, rank, outputs)
 
 
 def slow(some: Slots) -> torch.Tensor:
@@ -30,7 +38,7 @@ def test_the_update_of_slots_is_the_ridge_solution() -> None:
 
 def test_chunks_that_join_are_as_if_all_slots_had_been_there_at_once() -> None:
     """In their solution, at a small rank, and in the gradient of all of them; two groups stay apart."""
-    moment, towards = fitted(), torch.randn(2, 16, 24)
+    towards = torch.randn(2, 16, 24)
     parts = [slots(count, seed) for seed, count in enumerate((7, 20, 12))]
     others = [slots(count, seed) for seed, count in enumerate((3, 5, 9), 5)]
     for rank in (16, 5):
@@ -42,7 +50,7 @@ def test_chunks_that_join_are_as_if_all_slots_had_been_there_at_once() -> None:
                 groups = added(added((every[0], every[3]), (every[1], every[4])), (every[2], every[5]))
             else:
                 groups = (joined(*every[:3]), joined(*every[3:]))
-            a, b = solved(groups, moment, rank)
+            a, b = capped(groups, rank)
             assert a.shape[1] == rank
             ((b @ a) - towards).square().sum().backward()
             found.append([b @ a, *(leaf.grad for leaf in leaves)])
@@ -57,7 +65,7 @@ def test_a_small_rank_keeps_what_is_written_where_it_counts() -> None:
     """The best of its rank at the slots' own inputs, each as heavy as its value: against the dense SVD. A slot that
     writes a thousand times as much as the others is kept to the last."""
     some = slots(20, 3)
-    a, b = solved([some], fitted(), 5)
+    a, b = capped([some], 5)
     update = slow(some)
     seen = (some.x * some.values.norm(dim=-1, keepdim=True)).double().mT  # (documents, d_in, slots)
     u, s, vh = torch.linalg.svd(update @ seen, full_matrices=False)
@@ -65,15 +73,15 @@ def test_a_small_rank_keeps_what_is_written_where_it_counts() -> None:
     torch.testing.assert_close((b @ a).double() @ seen, best, rtol=1e-3, atol=1e-3 * float(s.max()))
     strong = some.values.clone()
     strong[:, 4] *= 1000
-    a, b = solved([Slots(some.x, strong, some.ridge)], fitted(), 1)
+    a, b = capped([Slots(some.x, strong, some.ridge)], 1)
     written = (some.x[:, 4, None] @ (b @ a).mT)[:, 0]
     wanted = (slow(Slots(some.x, strong, some.ridge)).float() @ some.x[:, 4, :, None])[..., 0]
     assert bool((torch.cosine_similarity(written, wanted, dim=-1) > 0.999).all())
 
 
 def test_padding_changes_nothing() -> None:
-    some, moment = slots(9, 4), fitted()
+    some = slots(9, 4)
     padded = joined(some, Slots(torch.zeros(2, 4, 24), torch.zeros(2, 4, 16), some.ridge))
     for rank in (4, 30):
-        (a, b), (more_a, more_b) = (solved([one], moment, rank) for one in (some, padded))
+        (a, b), (more_a, more_b) = (capped([one], rank) for one in (some, padded))
         torch.testing.assert_close(b @ a, more_b @ more_a, rtol=1e-4, atol=1e-4)

@@ -22,6 +22,7 @@ from hyperlora.hypernet.adapter import adapter_factors, adapter_parameters
 from hyperlora.hypernet.blocks import Block
 from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape, Written
 from hyperlora.hypernet.slots import Slots, added, solved
+from hyperlora.rank_cap import cap_ranks
 from hyperlora.statistics import SiteStatistics
 
 _ALPHA = 2.5  # of the adapter, which learns too slowly at the rate of the rest
@@ -122,8 +123,8 @@ class Associative(Hypernet):
             written.append(tuple(slots))
         return written + list(adapter.values())
 
-    def factors(self, written: Written, statistics: SiteStatistics, rank: int) -> Pair:
-        return solved(written, statistics.moment, rank)
+    def factors(self, written: Sequence[Written], statistics: Sequence[SiteStatistics], rank: int) -> list[Pair]:
+        return cap_ranks([solved(w, stat.moment) for w, stat in zip(written, statistics, strict=True)], rank)
 
     def join(self, written: Written, more: Written, statistics: SiteStatistics, rank: int) -> Written:
         return added(written, more)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperlora.errors import InputError
-from hyperlora.rank_cap import cap_rank
+from hyperlora.rank_cap import cap_rank, cap_ranks
 from hyperlora.statistics import SiteStatistics
 from hyperlora.structure import Site
 
@@ -95,10 +95,10 @@ class Hypernet(nn.Module, ABC):
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Written]:
         """What is written to each site, then the Pair of each of the `fixed` modules, once. Padding adds zero rows."""
 
-    def factors(self, written: Written, statistics: SiteStatistics, rank: int) -> Pair:
-        """A and B of one site, of at most `rank`."""
-        a, b = written
-        return cap_rank(a, b, rank, b @ statistics.moment.factor(a))
+    def factors(self, written: Sequence[Written], statistics: Sequence[SiteStatistics], rank: int) -> list[Pair]:
+        """A and B of every site, of at most `rank`."""
+        pairs = zip(written, statistics, strict=True)
+        return cap_ranks([(a, b, b @ stat.moment.factor(a)) for (a, b), stat in pairs], rank)
 
     def join(self, written: Written, more: Written, statistics: SiteStatistics, rank: int) -> Written:
         """What is written to one site for several chunks, of what is for some and `more`, in memory that does not grow

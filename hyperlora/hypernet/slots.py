@@ -17,8 +17,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hyperlora.hypernet.contract import Pair
-from hyperlora.rank_cap import cap_rank
 from hyperlora.statistics import SecondMoment
 
 
@@ -112,15 +110,16 @@ def added(some: Sequence[Slots | Equations], more: Sequence[Slots | Equations]) 
     return tuple(Equations(a.gram + b.gram, a.cross + b.cross, a.seen_gram + b.seen_gram, a.ridge) for a, b in pairs)
 
 
-def solved(groups: Sequence[Slots | Equations], moment: SecondMoment, rank: int) -> Pair:
-    """The sum of the updates of groups of slots that do not compete with each other, at no more than `rank`."""
+def solved(groups: Sequence[Slots | Equations], moment: SecondMoment) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the updates of groups of slots that do not compete with each other: A, B and what they write where it
+    counts, `outputs` of the rank cap."""
     updates = [group.update(moment) for group in groups]
     a, b = torch.cat([one.a for one in updates], dim=1), torch.cat([one.b for one in updates], dim=2)
     with torch.no_grad():
         outputs = torch.cat(
             [_written(updates, own, group.seen()) for own, group in zip(updates, groups, strict=True)], dim=2
         )
-    return cap_rank(a, b, rank, outputs)
+    return a, b, outputs
 
 
 def _written(updates: Sequence[Update], own: Update, seen: Tensor) -> Tensor:
