@@ -2,7 +2,7 @@
 
     python eval/bench/generation.py
 
-Prints (1) the time to generate the patch of a 500-token document over one plain cached prefill of it, median of
+Prints (1) the time to generate the patch of a 500-token document over one plain cached prefill of it, the median over
 interleaved pairs, loading excluded; (2) the log-log slope of the time and the growth of peak memory above the loaded
 model from 1k to `--longest` tokens, each length in a process of its own.
 """
@@ -42,7 +42,9 @@ def ratio(generator: Generator, tokens: int, pairs: int) -> dict[str, float]:
             times["generate"].append(time.perf_counter() - middle)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     pieces = {f"{name}_mean": value / pairs for name, value in parts.items()}
-    return {"tokens": tokens, **seconds, **pieces, "ratio": seconds["generate"] / seconds["prefill"]}
+    # Of each pair, so that a machine that slows down for a while slows both.
+    ratios = [made / read for made, read in zip(times["generate"], times["prefill"], strict=True)]
+    return {"tokens": tokens, **seconds, **pieces, "ratio": statistics.median(ratios)}
 
 
 @torch.no_grad()
