@@ -70,6 +70,14 @@ def test_report_has_intervals_and_controls(generator: Generator, tmp_path: objec
         evaluate_answers(generator, "some facts", fact_items(2, 3), ["swaped"])
 
 
+def test_document_beyond_the_window_is_refused_in_the_prompt_only(generator: Generator) -> None:
+    short, *others = fact_items(1, 2)
+    long = replace(short, text=TEXT * 60)
+    with pytest.raises(InputError, match=rf"^some facts, document {long.id}: \d+ tokens .* window of 2048"):
+        evaluate_answers(generator, "some facts", [long, *others], ["none", "full"])
+    assert set(evaluate_answers(generator, "some facts", [long, *others], ["patch"])["scores"]) == {"patch"}
+
+
 def test_scores_stand_by_tag_too(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right where the length is 9, wrong elsewhere."""
     items = [replace(item, tags={"length": 9 if n < 3 else 10}) for n, item in enumerate(fact_items(1, 4))]

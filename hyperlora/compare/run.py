@@ -20,13 +20,11 @@ from hyperlora.data.items import Item
 from hyperlora.data.sources import SOURCES, load
 from hyperlora.errors import InputError
 from hyperlora.evaluation.replies import REPLIES
+from hyperlora.evaluation.window import check_window
 from hyperlora.files import write_text
 from hyperlora.methods import Document, Method
-from hyperlora.prompt import GAP, document_ids, encode
 from hyperlora.report import check_plots, write_report
 from hyperlora.runtime import Runtime
-from hyperlora.structure import text_config
-from hyperlora.tasks import Task
 
 _EXPERIMENT, _RESULTS = "experiment.json", "results.json"
 
@@ -48,7 +46,7 @@ class Comparison:
             if len(self.items[label]) < 2:
                 found = len(self.items[label])
                 raise InputError(f"task {label} has {found} document(s); the swapped control needs at least two")
-            _check_window(label, task, self.items[label], base)
+            check_window(f"task {label}", self.items[label], base, task.max_new_tokens)
         self.unrelated = self._identify_unrelated()
         if shard[0] == 1:  # the one that reports, where they run together
             check_reply_scores(experiment)
@@ -182,21 +180,3 @@ class Comparison:
         if key not in self.cache:
             self.cache.add({key: measure_costs(method, budgets, items, setting.tokens, self.runtime)})
         return self.cache[key]
-
-
-def _check_window(label: str, task: Task, items: Sequence[Item], base: BaseModel) -> None:
-    """Raises InputError when the model cannot read a whole document with what is asked of it."""
-    limit, tokenizer = text_config(base.model).max_position_embeddings, base.tokenizer
-    around = len(encode(tokenizer, base.prompt.prefix)) + len(encode(tokenizer, GAP))
-    for item in items:
-        asked = [
-            len(base.prompt.question_ids(tokenizer, question.text))
-            + max(task.max_new_tokens, len(base.prompt.answer_ids(tokenizer, question.reply)))
-            for question in item.questions
-        ]
-        after = max(asked, default=len(document_ids(tokenizer, item.following)))
-        if (length := around + len(document_ids(tokenizer, item.text)) + after) > limit:
-            raise InputError(
-                f"task {label}, document {item.id}: {length} tokens with what is asked are beyond the model's window "
-                f"of {limit}; choose shorter documents or another base"
-            )

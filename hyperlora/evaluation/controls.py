@@ -9,6 +9,7 @@ from tqdm import tqdm
 from hyperlora.data.items import Item
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.metrics import METRICS
+from hyperlora.evaluation.window import check_window
 from hyperlora.generator import Generator
 from hyperlora.groups import padded_groups, partnered
 from hyperlora.inject import inject
@@ -34,9 +35,15 @@ def answer(
 ) -> dict[str, list[str]]:
     """Greedy replies to every question of every item, by condition, in the order of the items' questions.
 
-    The swapped patch of a document is that of the next one in its batch of `documents`. `progress` names a bar.
+    The swapped patch of a document is that of the next one in its batch of `documents`. `progress` names a bar, and
+    the items in errors.
+
+    Raises:
+        InputError: a document that is to be in the prompt is beyond the model's window.
     """
     base = generator.base
+    if any(CONDITIONS[condition][0] for condition in conditions):
+        check_window(progress or "evaluation", items, base, max_new_tokens)
     replies: dict[str, list[str]] = {condition: [] for condition in conditions}
     for batch in tqdm(partnered(items, documents), unit="batch", desc=progress, disable=progress is None):
         asked = [(index, question) for index, item in enumerate(batch) for question in item.questions]
