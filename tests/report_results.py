@@ -83,6 +83,7 @@ def make_results() -> dict[str, Any]:
                     "first_token_seconds": 0.0567,
                     "token_milliseconds": 34.5,
                     "peak_mib": 1234.4,
+                    "answer_peak_mib": 123.4,
                 },
                 "break_even": {"re-prefilling": 12.34, "cached KV": None},
             }

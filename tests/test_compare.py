@@ -11,10 +11,11 @@ import torch
 
 from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound
 from hyperlora.compare.experiment import read_experiment
+from hyperlora.compare.reply_scores import _reader
 from hyperlora.compare.run import Comparison
 from hyperlora.compare.teacher import teacher_replies
 from hyperlora.compare.units import units
-from hyperlora.data.items import Item
+from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.memory import Memory
@@ -73,6 +74,27 @@ def test_controls_are_added_where_they_are_missing(experiment: Path) -> None:
     for named in (None, DEFAULT_BASE):
         read = read_experiment(experiment, named)
         assert read.adapted == "adapted full" and read.methods["adapted full"].method == "adapted_full"
+
+
+def test_every_size_of_a_method_has_its_bytes_of_text(experiment: Path) -> None:
+    text = experiment.read_text().replace("head: {method: truncation, match: patch}", "{}")
+    rows = (
+        "one: {method: distillation}\n  two: {method: distillation, steps: 3}\n  three: {method: distillation, rank: 8}"
+    )
+    experiment.write_text(text.replace("  {}\n", f"  {rows}\n"))
+    methods = read_experiment(experiment, "another/base").methods
+    assert [label.split("'")[0] for label in methods if label.endswith("bytes of text")] == ["patch", "one", "three"]
+
+
+def test_replies_are_read_without_their_end(base: BaseModel) -> None:
+    """A reply of the greatest length has none, and must not pay for it."""
+    item = Item("x", "A note about Brno.", (Question("Where?", "Brno", ("Brno",)),))
+    (found,) = _reader(base, None)([item], [["in Brno"]])
+    runtime = Runtime(base)
+    prompt = runtime.question(0, "Where?", "in Brno")
+    (scores,) = runtime.log_likelihood([Memory(text=tuple(document_ids(base.tokenizer, item.text)))], [prompt])
+    assert found == [pytest.approx(-float(scores[:-1].mean()))]
+    assert all(math.isfinite(loss) for loss in _reader(base, None)([item], [[""]])[0])
 
 
 def test_a_slow_method_has_units_of_its_own(experiment: Path) -> None:
@@ -265,6 +287,8 @@ def test_a_reader_whose_files_have_changed_reads_again(
         ("{method: truncation, match: patch}", "{method: truncation, match: evicted}", "has a budget itself"),
         ("{method: truncation, match: patch}", "{method: truncation, side: up, match: patch}", "side"),
         ("name: tiny", "name: [", "not valid YAML"),
+        ("truncation, match: patch", "truncation, match: [patch]", "match"),
+        ("  head: {", "  adapted full: {", "the name is the control's"),
         ("methods:", "ways:", "it needs name, tasks and methods"),
     ],
 )

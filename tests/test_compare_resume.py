@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_a_changed_text_for_forgetting_is_measured_again(experiment: Path, base:
     assert not before & {key for _, keys in comparison.keyed() for key in keys}
 
 
-def test_foreign_folders_are_left_alone(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_foreign_folders_are_left_alone(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
@@ -152,7 +155,16 @@ def test_foreign_folders_are_left_alone(experiment: Path, base: BaseModel, tmp_p
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     compared(experiment, base, tmp_path / "mine").report("x")
     before = {path: path.read_bytes() for path in (tmp_path / "mine").glob("*.json*")}
-    experiment.write_text(experiment.read_text().replace("name: tiny", "name: other"))
-    with pytest.raises(InputError, match="results of experiment 'tiny'"):
+    mine = experiment.read_text()
+    for old, new in (("name: tiny", "name: other"), ("notes: {task: jsonl", "letters: {task: jsonl")):
+        experiment.write_text(mine.replace(old, new))
+        with pytest.raises(InputError, match="results of experiment 'tiny'"):
+            compared(experiment, base, tmp_path / "mine")
+    experiment.write_text(mine)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="another prompt format"):
+        patch.setattr(base, "prompt", replace(base.prompt, question="Q: {question}"))
         compared(experiment, base, tmp_path / "mine")
     assert {path: path.read_bytes() for path in (tmp_path / "mine").glob("*.json*")} == before
+    (tmp_path / "mine" / "experiment.json").write_text("[]")
+    with pytest.raises(InputError, match="no JSON object"):
+        compared(experiment, base, tmp_path / "mine")

@@ -88,6 +88,18 @@ def test_best_own_score_is_bold(results: dict[str, Any], written: Path) -> None:
     assert (written / "report.html").read_text().count("<strong>") == len(best) + 1  # and the flag
 
 
+def test_fewer_documents_are_neither_best_nor_unmarked(results: dict[str, Any], tmp_path: Path) -> None:
+    few = copy.deepcopy(results)
+    for row in few["scores"]:
+        if row["method"] == "context distillation":
+            row |= {"documents": 10, "mean": 0.0 if row["metric"] == "nll" else 0.999}
+    write_report(few, tmp_path)
+    bold = re.findall(r"\*\*([-0-9.]+) \[", (tmp_path / "results.md").read_text())
+    assert len(bold) == 4 and not {"0.000", "0.999"} & set(bold)
+    drawn = (tmp_path / "plots" / "quality-bytes-facts.svg").read_text()
+    assert "context distillation, 10 documents" in drawn and "generator, " not in drawn
+
+
 def test_tables_are_whole(written: Path) -> None:
     blocks = (written / "results.md").read_text().split("\n\n")
     assert sum(block.startswith("| ") for block in blocks) > 15
@@ -190,7 +202,7 @@ def test_missing_numbers_are_dashes(results: dict[str, Any], tmp_path: Path) -> 
     text = write_report(found, tmp_path)[0].read_text()
     assert not re.search(r"\b(nan|inf|None)\b", text)
     costs = re.search(r"^\| generator \| 590 KB .*$", text, re.MULTILINE)
-    assert costs is not None and costs[0].count("–") == 9 and "never" not in costs[0]
+    assert costs is not None and costs[0].count("–") == 10 and "never" not in costs[0]
     scores = re.search(r"^\| generator \| –.*$", text, re.MULTILINE)
     assert scores is not None and scores[0].count("–") == 6
 

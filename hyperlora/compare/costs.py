@@ -24,7 +24,8 @@ def measure_costs(
 
     Returns:
         compile_flops, query_flops (the first token of a reply), and `timing`: compile_seconds, first_token_seconds,
-        token_milliseconds (of the later tokens), peak_mib (memory above the loaded model while compiling).
+        token_milliseconds (of the later tokens), and memory above the loaded model, peak_mib while compiling and
+        answer_peak_mib while answering.
     """
     rows: list[dict[str, float]] = []
     method = copy.copy(method)
@@ -45,9 +46,11 @@ def measure_costs(
             **measured,
         }
         for name, count in (("first_token_seconds", 1), ("all_seconds", tokens)):
-            start = runtime.base.now()
-            runtime.generate_ids(memories, prompts, count, stop=False)
-            row[name] = runtime.base.now() - start
+            with peak_memory(runtime.base.device) as peak:
+                start = runtime.base.now()
+                runtime.generate_ids(memories, prompts, count, stop=False)
+                row[name] = runtime.base.now() - start
+                row["answer_peak_mib"] = peak() / 2**20
         row["token_milliseconds"] = 1000 * (row.pop("all_seconds") - row["first_token_seconds"]) / (tokens - 1)
         rows.append(row)
     if not rows:

@@ -24,9 +24,12 @@ def curves(experiment: Experiment, values: Any) -> list[Record]:
                     for method, scores in zip(methods, by_method, strict=True)
                 ]
                 rows.append({"label": label, "task": task, "metric": metric, "x": "seconds", "points": points})
-    for label, path in experiment.training.items():
-        rows += _training(label, Path(path))
-    return rows
+    return rows + training_curves(experiment)
+
+
+def training_curves(experiment: Experiment) -> list[Record]:
+    """Of the experiment's training runs, over steps. Raises InputError when a file is not a run's metrics."""
+    return [row for label, path in experiment.training.items() for row in _training(label, Path(path))]
 
 
 def _training(label: str, path: Path) -> list[Record]:

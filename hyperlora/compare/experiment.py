@@ -15,6 +15,7 @@ from hyperlora.settings import explain, read_yaml
 from hyperlora.tasks import Task, read_task
 
 REPLY_METRICS = ("bert_score",)
+_ADAPTED = "adapted full"  # label of the control, where the experiment has none of its own
 
 
 class MethodSpec(BaseModel):
@@ -100,8 +101,8 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
     """Read and check an experiment. In a method, keys other than those of `MethodSpec` are its settings.
 
     No method is judged without controls. Where they are missing, these are added: `full` and `none`; the truncated
-    document at the bytes of every method that makes it smaller (of the method's first row); and, for the default base,
-    the adapted full context.
+    document at the bytes of every method that makes it smaller (of the first row of each size); and, for the default
+    base, the adapted full context.
 
     Args:
         base: replaces the experiment's.
@@ -113,8 +114,8 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict):
         raise InputError(f"{path} is not an experiment: it needs name, tasks and methods")
     specs = {"full": {"method": "full"}, "none": {"method": "none"}} | content["methods"]
-    for label in ("full", "none"):
-        if isinstance(specs[label], dict) and specs[label].get("method") != label:
+    for label, name in {"full": "full", "none": "none", _ADAPTED: AdaptedFull.name}.items():
+        if isinstance(spec := specs.get(label), dict) and spec.get("method") != name:
             raise InputError(f"{path}: method {label}: the name is the control's; give this row another label")
     content["methods"] = {label: _method(path, label, spec) for label, spec in specs.items()}
     content["base"] = base or content.get("base")
@@ -146,10 +147,10 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
 def _add_controls(content: dict[str, Any]) -> None:
     methods: dict[str, dict[str, Any]] = content["methods"]
     truncated = [spec.get("match") for spec in methods.values() if spec["method"] == Truncation.name]
-    matched = {methods[label]["method"] for label in truncated if label in methods}
+    matched = [_size(methods[label]) for label in truncated if isinstance(label, str) and label in methods]
     for label, spec in list(methods.items()):
-        if METHODS[spec["method"]].compresses and spec["method"] not in matched:
-            matched.add(spec["method"])
+        if METHODS[spec["method"]].compresses and _size(spec) not in matched:
+            matched.append(_size(spec))
             methods[f"{label}'s bytes of text"] = {
                 "method": Truncation.name,
                 "match": label,
@@ -157,10 +158,15 @@ def _add_controls(content: dict[str, Any]) -> None:
             }
     readers = [label for label, spec in methods.items() if spec["method"] == AdaptedFull.name]
     if not readers and content["base"] in (None, DEFAULT_BASE) and shipped_adapter().is_dir():
-        readers = ["adapted full"]
+        readers = [_ADAPTED]
         methods[readers[0]] = {"method": AdaptedFull.name}
     if readers:
         content.setdefault("adapted", readers[0])
+
+
+def _size(spec: dict[str, Any]) -> tuple[str, list[Any]]:
+    """What rows whose memories are of one size have in common."""
+    return spec["method"], [spec["settings"][name] for name in METHODS[spec["method"]].sized_by]
 
 
 def _method(path: Path, label: str, spec: Any) -> dict[str, Any]:

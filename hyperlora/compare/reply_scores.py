@@ -1,6 +1,7 @@
 """Scores of finished replies that need a model of their own: BERTScore, and how likely other models find them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hyperlora.evaluation.bert_score import bert_score, installed_encoder, load_
 from hyperlora.files import file_sha256
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
-from hyperlora.runtime import Runtime
+from hyperlora.runtime import Prompt, Runtime
 
 # From documents, and each document's replies, to a score for every reply.
 Scorer = Callable[[Sequence[Item], Sequence[Sequence[str]]], list[list[float]]]
@@ -36,7 +37,8 @@ def add_reply_scores(
 ) -> list[tuple[Unit, list[Record]]]:
     """The cached records of every unit with the experiment's further scores; what is new is kept in `cache`.
 
-    A reader gives `reply_nll_LABEL`: nats per token of the reply, with the document and the question in its prompt.
+    A reader gives `reply_nll_LABEL`: nats per token of the reply without its end, with the document and the question in
+    the prompt.
     """
     found = [(unit, [dict(cache[key]) for key in keys]) for unit, keys in keyed]
     makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {}
@@ -82,6 +84,11 @@ def _weights(name: str | None) -> Any:
     return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
+def _unended(prompt: Prompt) -> Prompt:
+    """Without the token that ends the reply, which one of the greatest length never had. An empty one is its end."""
+    return replace(prompt, reply=prompt.reply[:-1] or prompt.reply)
+
+
 def _reader(base: BaseModel, name: str | None) -> Scorer:
     reader = base if name is None else load_base(name, device=str(base.device), dtype=torch.float32)
     runtime = Runtime(reader)
@@ -89,7 +96,7 @@ def _reader(base: BaseModel, name: str | None) -> Scorer:
     def score(items: Sequence[Item], replies: Sequence[Sequence[str]]) -> list[list[float]]:
         memories = [Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items]
         prompts = [
-            runtime.question(index, question.text, reply)
+            _unended(runtime.question(index, question.text, reply))
             for index, (item, group) in enumerate(zip(items, replies, strict=True))
             for question, reply in zip(item.questions, group, strict=True)
         ]

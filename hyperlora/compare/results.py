@@ -21,6 +21,7 @@ from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.evaluation.metrics import TEXT_METRICS, lower_is_better
+from hyperlora.methods import Method
 from hyperlora.methods.truncation import Truncation
 from hyperlora.tasks import Task
 
@@ -127,10 +128,15 @@ def _paired(one: dict[str, float], other: dict[str, float]) -> list[tuple[float,
 
 
 def _rivals(method: str, experiment: Experiment) -> list[str]:
-    """What a method is set against: nothing, the whole document, also for an adapted reader, and its bytes of text."""
+    """What a method is set against: nothing, the whole document, also for an adapted reader, its bytes of text, and on
+    their own documents the methods that ran on fewer (the first row of each)."""
     text = [label for label, spec in experiment.methods.items() if spec.match == method and spec.type is Truncation]
     adapted = [experiment.adapted] if experiment.adapted else []
-    return [name for name in ("none", "full", *adapted, *text) if name != method]
+    few: dict[type[Method], str] = {}
+    for label, spec in experiment.methods.items():
+        if spec.items is not None and not spec.type.budgeted:
+            few.setdefault(spec.type, label)
+    return [name for name in ("none", "full", *adapted, *text, *few.values()) if name != method]
 
 
 def _differences(task: str, method: str, methods: dict[str, Any], rivals: Sequence[str]) -> list[Record]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hyperlora.base_model import BaseModel
 from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.costs import measure_costs
+from hyperlora.compare.curves import training_curves
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.replies import replies
 from hyperlora.compare.reply_scores import add_reply_scores, check_reply_scores
@@ -50,6 +51,7 @@ class Comparison:
         self.unrelated = self._identify_unrelated()
         if shard[0] == 1:  # the one that reports, where they run together
             check_reply_scores(experiment)
+            training_curves(experiment)
             check_plots()
         self.runtime = Runtime(base)
         self._methods: dict[tuple[str, int], Method] = {}
@@ -73,7 +75,8 @@ class Comparison:
     def _claim(self) -> None:
         """Make the folder this experiment's. Raises InputError when it is another's."""
         path = self.folder / _EXPERIMENT
-        record = {"name": self.experiment.name, "base": self.base.name}
+        record: dict[str, Any] = {"name": self.experiment.name, "base": self.base.name}
+        prompt = vars(self.base.prompt)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; choose another -o")
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.exists() else []
@@ -82,13 +85,26 @@ class Comparison:
                 found = json.loads(path.read_text())
             except ValueError as error:
                 raise InputError(f"{path} cannot be read ({error}); choose another -o") from error
-            if {key: found.get(key) for key in record} != record:
+            if not isinstance(found, dict):
+                raise InputError(f"{path} is no JSON object; choose another -o")
+            if {key: found.get(key) for key in record} != record or not self._continues(found):
                 theirs = f"{found.get('name')!r} on {found.get('base')}"
                 raise InputError(f"{self.folder} holds the results of experiment {theirs}; choose another -o")
+            if found.get("prompt", prompt) != prompt:
+                raise InputError(
+                    f"{self.folder} was asked in another prompt format, such as that of another chat template; choose "
+                    "another -o"
+                )
         elif any(not name.startswith(f".{_EXPERIMENT}-") for name in names):  # another shard may just be writing it
             raise InputError(f"{self.folder} is not empty and holds no comparison; choose another -o")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(record | {"experiment": self.experiment.model_dump(mode="json")}, indent=1) + "\n")
+        record |= {"experiment": self.experiment.model_dump(mode="json"), "prompt": prompt}
+        write_text(path, json.dumps(record, indent=1) + "\n")
+
+    def _continues(self, found: dict[str, Any]) -> bool:
+        """Whether an experiment has a task of this one, perhaps with other settings."""
+        theirs = found.get("experiment", {}).get("tasks", self.experiment.tasks)
+        return any(theirs.get(label, {}).get("task") == task["task"] for label, task in self.experiment.tasks.items())
 
     def method(self, label: str, seed: int) -> Method:
         spec = self.experiment.methods[label]

@@ -14,12 +14,17 @@ def item_of(record: dict[str, Any], default_id: str) -> Item:
     text = record["context"] if "qas" in record else record["text"]
     if not isinstance(text, str):
         raise TypeError(f"the document must be a string, not {type(text).__name__}")
-    return Item(str(record.get("id", default_id)), text, tuple(_question(qa) for qa in record.get("qas", ())))
+    asked = record.get("qas", [])
+    if not isinstance(asked, list) or not all(isinstance(qa, dict) for qa in asked):
+        raise TypeError("qas must be a list of JSON objects")
+    return Item(str(record.get("id", default_id)), text, tuple(_question(qa) for qa in asked))
 
 
 def _question(qa: dict[str, Any]) -> Question:
     if not isinstance(qa["answers"], list) or not all(isinstance(answer, str) for answer in qa["answers"]):
         raise TypeError("answers must be a list of strings")
+    if not isinstance(qa["question"], str):
+        raise TypeError(f"question must be a string, not {type(qa['question']).__name__}")
     answers = [answer for answer in qa["answers"] if answer.strip()]
     if not answers:
         raise ValueError(f"question {qa['question']!r} has no answer")

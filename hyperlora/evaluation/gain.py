@@ -24,5 +24,6 @@ def recovered_gain(numerators: Sequence[float], denominators: Sequence[float], s
     result: dict[str, Any] = {"numerator": float(top.mean()), "denominator": mean, "weak": bool(weak)}
     if weak:
         return {**result, "gain": None, "low": None, "high": None}
-    low, high = np.quantile(top[picks].mean(axis=1) / bottoms, (0.025, 0.975))
+    some = bottoms / mean > 0  # few documents may be drawn so that there is nothing to divide by
+    low, high = np.quantile(top[picks].mean(axis=1)[some] / bottoms[some], (0.025, 0.975))
     return {**result, "gain": float(top.mean()) / mean, "low": float(low), "high": float(high)}

@@ -28,10 +28,8 @@ def f1(prediction: str, answers: Iterable[str]) -> float:
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:
-    if not prediction or not answer:
-        return float(prediction == answer)
     common = sum((Counter(prediction) & Counter(answer)).values())
-    return 2 * common / (len(prediction) + len(answer))
+    return 2 * common / (len(prediction) + len(answer)) if common else 0.0
 
 
 def contains(prediction: str, answers: Iterable[str]) -> float:

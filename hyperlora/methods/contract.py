@@ -43,6 +43,7 @@ class Method(ABC):
         seeded: other seeds give other memories.
         revision: raised when a change of the code changes the memories, so that cached results are not used again.
         compresses: is judged beside as much of the document's text as its memory would hold.
+        sized_by: settings that the size of a memory depends on.
         common: one dictionary for all methods of a run, for what several of them would make alike; None for a method
             that does all of its work itself.
     """
@@ -52,6 +53,7 @@ class Method(ABC):
     budgeted: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
+    sized_by: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
 
     def __init__(self, base: Base, settings: Any, seed: int = 0):

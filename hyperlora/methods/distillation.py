@@ -38,6 +38,7 @@ class Distillation(Method):
     revision = 10
     seeded = True
     compresses = True
+    sized_by = ("rank", "layers", "modules")
 
     class Settings(MethodSettings):
         """Settings of the training.
@@ -58,7 +59,8 @@ class Distillation(Method):
             steps, batch: most optimizer steps (0: only the regression), and conversations to a step.
             learning_rate: of Adam, after `warmup` steps, falling linearly to a tenth.
             check, patience: every `check` steps the held-out conversations (one in 16 of those that are no copies) are
-                scored; training stops after `patience` scores in a row that are not the best, and the best is kept.
+                scored; training stops after `patience` scores in a row that are not the best, and the best is kept. The
+                default `steps` are over with the third score, so that they only keep the best.
         """
 
         rank: int = Field(512, gt=1)

@@ -15,6 +15,8 @@ class Generated(Method):
 
     name = "generator"
     compresses = True
+    sized_by = ("path",)
+    revision = 2
 
     class Settings(MethodSettings):
         """`path`: a generator's directory or hub id; default the one that ships."""

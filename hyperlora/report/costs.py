@@ -17,6 +17,7 @@ _COLUMNS = [
     "first token time",
     "time per further token",
     "peak memory, compiling",
+    "peak memory, answering",
 ]
 
 
@@ -39,6 +40,7 @@ def cost_table(methods: dict[str, dict[str, Any]]) -> Table:
                 seconds(timing.get("first_token_seconds")),
                 milliseconds(timing.get("token_milliseconds")),
                 amount(timing.get("peak_mib"), " MiB"),
+                amount(timing.get("answer_peak_mib"), " MiB"),
                 *(_break_even(about, rival) for rival in rivals),
             ]
         )

@@ -112,6 +112,12 @@ def _quality(task: str, cost: _Cost, results: dict[str, Any]) -> Iterator[Drawin
         return
     metrics = ordered((row["metric"] for row in rows), results["tasks"][task]["metrics"])
     style = looks(results)
+    most = max(row["documents"] for row in rows)
+
+    def name(row: Row) -> str:
+        """What ran on fewer documents says so."""
+        return row["method"] if row["documents"] == most else f"{row['method']}, {row['documents']} documents"
+
     handles: dict[str, Any] = {}
     figure, axes = panels(len(metrics), 3.6, 3.0, columns=2)
     for panel, metric in zip(axes, metrics, strict=True):
@@ -125,14 +131,14 @@ def _quality(task: str, cost: _Cost, results: dict[str, Any]) -> Iterator[Drawin
             line = panel.axhline(row["mean"], color=colour, lw=1.2, ls="--")
             below, above = bars(row)
             panel.axhspan(row["mean"] - below, row["mean"] + above, color=colour, alpha=0.12, lw=0)
-            handles[f"{row['method']} ({cost.show(0)})"] = line
+            handles[f"{name(row)} ({cost.show(0)})"] = line
         for row, place in zip(paid, x, strict=True):
             colour, marker = style[row["method"]]
             below, above = bars(row)
             drawn = panel.errorbar(
                 [place], [row["mean"]], [[below], [above]], color=colour, marker=marker, ms=5, ls="", elinewidth=1
             )
-            handles[row["method"]] = drawn
+            handles[name(row)] = drawn
         log_axis(panel, costly, cost.show)
         panel.set(xlabel=cost.label, ylabel=short(metric_label(metric)))
         if is_share(metric):

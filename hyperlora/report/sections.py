@@ -112,7 +112,9 @@ def _scores(rows: Sequence[Row], results: dict[str, Any], task: str) -> Table:
     cells = {(r["method"], r["metric"], r["condition"]): r for r in rows}
     methods = ordered((row["method"] for row in rows), results["methods"])
     columns = [f"{metric_label(metric)}, {condition}" for metric in metrics for condition in ("own", "swapped")]
-    table = [[method, *[MISSING] * len(columns), _documents(rows, method)] for method in methods]
+    documents = {method: _documents(rows, method) for method in methods}
+    table = [[method, *[MISSING] * len(columns), documents[method]] for method in methods]
+    most = max((row["documents"] for row in rows if row["condition"] == "own"), default=0)
     best = set()
     for place, metric in enumerate(metrics):
         shown: dict[int, float] = {}
@@ -120,8 +122,10 @@ def _scores(rows: Sequence[Row], results: dict[str, Any], task: str) -> Table:
             for offset, condition in enumerate(("own", "swapped")):
                 if row := cells.get((method, metric, condition)):
                     table[line][1 + 2 * place + offset] = interval(row)
-                    if condition == "own" and (mean := finite(row["mean"])) is not None:
-                        shown[line] = round(mean, 3)  # what reads the same is equally good
+                    # What ran on fewer documents may have had easier ones; what reads the same is equally good.
+                    whole = condition == "own" and row["documents"] == most
+                    if whole and (mean := finite(row["mean"])) is not None:
+                        shown[line] = round(mean, 3)
         top = min(shown.values(), default=None) if lower_is_better(metric) else max(shown.values(), default=None)
         best |= {(line, 1 + 2 * place) for line, value in shown.items() if value == top}
     return Table(["method", *columns, "documents"], table, best=frozenset(best))
