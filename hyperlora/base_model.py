@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers  # as a whole: it loads its classes when they are first used
 
-from hyperlora.errors import HyperloraError, nearest
+from hyperlora.errors import HyperloraError, OutOfMemory, nearest, out_of_memory
 from hyperlora.files import file_sha256
 from hyperlora.prompt import PromptFormat, prompt_format
 from hyperlora.structure import text_config
@@ -196,6 +196,13 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """The one that is named, of a CUDA device without a number this process's, or the default."""
+    where = torch.device(device) if device else default_device()
+    unnumbered = where.type == "cuda" and where.index is None and torch.cuda.is_available()
+    return default_device() if unnumbered else where
+
+
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     """`flash_attention_2` on CUDA in half precision where the package is present, else `sdpa`."""
     half = dtype in (torch.float16, torch.bfloat16)
@@ -226,9 +233,10 @@ def load_base(
 
     Raises:
         BaseNotFound: the model is missing or unreadable; the message says what to install or to check.
+        OutOfMemory: it does not fit the device.
     """
     name = name or DEFAULT_BASE
-    where = torch.device(device) if device else default_device()
+    where = chosen_device(device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(where, dtype)}
     if quantize is not None:
@@ -237,14 +245,19 @@ def load_base(
     source = locate(name)
     try:
         model = _load(source, trust_remote_code, options)
+        if quantize is None:
+            model.to(where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         base = BaseModel(name, model, tokenizer, source)
     except HyperloraError:
         raise
     except Exception as error:  # the readers meet a damaged file with whatever they trip over first
+        if out_of_memory(error):
+            raise OutOfMemory(
+                f"no memory for base model {name!r} in {str(dtype).removeprefix('torch.')} on {where}; choose a "
+                "smaller one, --dtype bfloat16 or another --device"
+            ) from error
         raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{_advice(name, source)}") from error
-    if quantize is None:
-        model.to(where)
     return base
 
 

@@ -98,9 +98,20 @@ def find(run: Path) -> Path | None:
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint. Raises InputError when it is damaged."""
     try:
-        return Checkpoint(load_file(folder / _WEIGHTS), json.loads((folder / _POSITION).read_text()))
-    except (OSError, ValueError, SafetensorError) as error:
+        return Checkpoint(load_file(folder / _WEIGHTS), read_position(folder))
+    except (OSError, SafetensorError) as error:
         raise _damaged(folder, error) from error
+
+
+def read_position(folder: Path) -> dict[str, Any]:
+    """Where a checkpoint's run stands. Raises InputError when it is damaged."""
+    try:
+        position = json.loads((folder / _POSITION).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+    if not isinstance(position, dict):
+        raise _damaged(folder, ValueError("its position is no JSON object"))
+    return position
 
 
 def _damaged(folder: Path, error: Exception) -> InputError:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_CPU = "can't allocate memory"
+
 
 class HyperloraError(Exception):
     """An expected failure. The message is one line that says what to do; the CLI prints it and exits with `code`."""
@@ -27,7 +29,12 @@ class TrainingDiverged(HyperloraError):
 
 
 class OutOfMemory(HyperloraError):
-    """A step needs more memory than there is."""
+    """More memory is needed than there is."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: of a GPU's allocator, or the CPU's, which has no kind of its own."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or _CPU in str(error)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

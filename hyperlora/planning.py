@@ -27,10 +27,12 @@ from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound, locate
 from hyperlora.encoder import BATCH_TOKENS
 from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
+from hyperlora.generator_files import StoredGenerator
 from hyperlora.inject import inject
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
+from hyperlora.student import BEFORE, RECALLED, UNSCORED
 
 FLOAT = 4  # bytes of a number of the trained module, its gradient and each of Adam's moments
 _FACT_TOKENS = 14
@@ -59,12 +61,14 @@ class MicroBatch:
     """Sizes in bytes, `flops` of forward and backward passes, the mean over tasks.
 
     Attributes:
+        hypernet: its architecture.
         base: the frozen weights.
         generator: weights of the trained module in float32; `calibration`, what it measured of the base.
         working: the most that lives besides the weights and their gradients, of the worst task.
     """
 
     documents: int
+    hypernet: str
     base: int
     generator: int
     calibration: int
@@ -98,7 +102,9 @@ def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Lo
             loads.append(Load(task.tokens[1], task.questions, row + _QUOTED_TOKENS, reply_tokens, task.weight))
         else:
             assert isinstance(task, TextTask)
-            loads.append(Load(task.tokens[1], 2, 64, max(60, task.following), task.weight))
+            row = 1 + BEFORE + max(RECALLED, task.following)  # the first is the sink's
+            labels = max(BEFORE + RECALLED - UNSCORED, task.following)
+            loads.append(Load(task.tokens[1], 2, row, labels, task.weight))
     return loads
 
 
@@ -109,12 +115,13 @@ def plan(
 
     Raises:
         BaseNotFound: there is no config of that base.
-        UnsupportedBase, InputError: no generator can be made for it.
+        UnsupportedBase, InputError: no generator can be made for it, or there is none to start from.
     """
     config = _config(base or recipe.base or DEFAULT_BASE)
+    chosen = StoredGenerator.find(recipe.start_from).config if recipe.start_from else recipe.generator
     with FakeTensorMode():
         model = _bare(config, dtype)
-        generator = Generator(model, recipe.generator)
+        generator = Generator(model, chosen)
         generator.encoder.batch_tokens = BATCH_TOKENS[device]
         if recipe.checkpointing:
             generator.through = partial(checkpointed, generator.hypernet, use_reentrant=False)
@@ -131,6 +138,7 @@ def plan(
             operations += counter.get_total_flops() * load.weight / sum(other.weight for other in loads)
     return MicroBatch(
         documents,
+        chosen.hypernet,
         _bytes(model.model.parameters()) + _bytes(model.model.buffers()),
         _bytes(generator.hypernet.parameters()),
         _bytes(generator.statistics.buffers()),

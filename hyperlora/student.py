@@ -25,7 +25,9 @@ from hyperlora.prompt import document_ids
 from hyperlora.recipe import Recipe
 from hyperlora.structure import decoder_layers
 
-_CONTINUED = 16  # tokens of text that a continuation row starts from
+# Tokens of text: what a continuation starts from, what a document's own text goes on for behind as many, and how many
+# of those nobody could tell.
+BEFORE, RECALLED, UNSCORED = 16, 48, 4
 
 
 class Student:
@@ -86,11 +88,11 @@ class Student:
 
     def _continuations(self, index: int, item: Item, rng: random.Random) -> list[Row]:
         own, following = (document_ids(self.base.tokenizer, text) for text in (item.text, item.following))
-        begin = rng.randrange(max(1, len(own) - _CONTINUED - 48))
-        piece = own[begin : begin + _CONTINUED + 48]
-        rows = [Row(index, self.sink + piece, len(self.sink) + min(4, len(piece) - 1))]
+        begin = rng.randrange(max(1, len(own) - BEFORE - RECALLED))
+        piece = own[begin : begin + BEFORE + RECALLED]
+        rows = [Row(index, self.sink + piece, len(self.sink) + min(UNSCORED, len(piece) - 1))]
         if following:
-            before = self.sink + own[-_CONTINUED:]
+            before = self.sink + own[-BEFORE:]
             rows.append(Row(index, before + following, len(before)))
         return rows
 

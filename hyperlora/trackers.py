@@ -31,10 +31,9 @@ def _wandb(folder: Path, settings: Record) -> Log:
 
     # A run that goes on is the same run there, which W&B knows by its id and not by its name.
     path = folder / "wandb-id"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex)
-    known = {"id": path.read_text(), "resume": "allow"}
-    run = wandb.init(project="hyperlora", name=folder.name, dir=str(folder), config=settings, **known)
+    known = path.read_text() if path.exists() else uuid.uuid4().hex
+    run = wandb.init(project="hyperlora", name=folder.name, dir=str(folder), config=settings, id=known, resume="allow")
+    write_text(path, known)
     return lambda numbers, step: run.log(numbers, step=step)
 
 
@@ -45,6 +44,7 @@ def _trackio(folder: Path, settings: Record) -> Log:
     return lambda numbers, step: run.log(numbers, step=step)
 
 
+WRITTEN = {"tensorboard", "wandb", "wandb-id"}  # what they may leave in a run's folder
 TRACKERS: dict[str, Callable[[Path, Record], Log]] = {
     "tensorboard": _tensorboard,
     "trackio": _trackio,

@@ -29,7 +29,7 @@ from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
 from hyperlora.data.sources import load, load_texts
 from hyperlora.engine import Engine, PlainEngine
-from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
+from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged, out_of_memory
 from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
@@ -38,8 +38,11 @@ from hyperlora.leaves import joined, leaves_of
 from hyperlora.objectives import Row
 from hyperlora.recipe import Recipe
 from hyperlora.student import Student
+from hyperlora.trackers import WRITTEN
 
-_FREE = ("checkpointing", "evaluation", "save_every", "steps")  # what a resumed recipe may change
+# What a resumed recipe may change, and what it may as long as the product stays: the same documents are drawn.
+_FREE = ("checkpointing", "evaluation", "learning_rate", "save_every", "steps")
+_SPLIT = ("documents", "micro_batches")
 _SAME_REQUEST = 2.0  # seconds
 # Without cuDNN's, which plans anew for every shape: a third of a step where every batch has another.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -159,7 +162,10 @@ class Trainer:
         norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == _PATIENCE:
-            raise TrainingDiverged(f"gradients were not finite in {_PATIENCE} steps running; lower learning_rate")
+            raise TrainingDiverged(
+                f"gradients were not finite in {_PATIENCE} steps running; lower learning_rate and go on from the last "
+                "checkpoint"
+            )
         self.step += 1
         losses = dict(zip(totals, ranks.total(list(totals.values())), strict=True))
         return {**losses, "gradient_norm": norm, "labels": labels}
@@ -274,6 +280,8 @@ class Trainer:
         position = loaded.position
         now, then = self.recipe.model_dump(mode="json"), position["recipe"]
         changed = [key for key in now if now[key] != then.get(key) and key not in _FREE]
+        if math.prod(now[key] for key in _SPLIT) == math.prod(then.get(key, 1) for key in _SPLIT):
+            changed = [key for key in changed if key not in _SPLIT]
         if changed:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
@@ -292,7 +300,7 @@ class Trainer:
         self.engine.load(found)
         self._drawn = None
         self.step, self.mix.state, self.unrelated_drawn = position["step"], position["drawn"], position["unrelated"]
-        self._forget_metrics_after(self.step)
+        self._forget_metrics_after(self.step or -1)  # at the very start it is scored once more
         return True
 
     def _forget_metrics_after(self, step: int) -> None:
@@ -313,13 +321,15 @@ def _explained(recipe: Recipe) -> Iterator[None]:
         raise TrainingDiverged(
             "a patch was not finite; lower learning_rate and go on from the last checkpoint, which is intact"
         ) from error
-    except RuntimeError as error:  # the CPU's allocator has no error of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
-        checkpointing = "" if recipe.checkpointing else ", or set checkpointing: true"
+        checkpointing = "" if recipe.checkpointing else " or set checkpointing: true"
+        split = "lower documents and raise micro_batches to the same product" if recipe.documents > 1 else ""
+        less = " or".join(filter(None, (split, checkpointing))).strip() or "start anew with shorter documents"
         raise OutOfMemory(
-            f"out of memory at documents: {recipe.documents}; lower documents (and raise micro_batches), the mix's "
-            f"questions or max_tokens{checkpointing}; `hyperlora plan` shows what fits. The last checkpoint is intact"
+            f"out of memory at documents: {recipe.documents}; {less}, and go on from the last checkpoint, which is "
+            "intact; `hyperlora plan` shows what fits"
         ) from error
 
 
@@ -338,7 +348,7 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
     Raises:
         InputError: the folder holds something else, or another recipe's run.
     """
-    leftovers = {"metrics.jsonl", checkpoint.PARTIAL}  # of a run that died before its first checkpoint
+    leftovers = {"metrics.jsonl", checkpoint.PARTIAL, *WRITTEN}  # of a run that died before its first checkpoint
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if present - leftovers and checkpoint.find(folder) is None:
         raise InputError(f"{folder} is not empty and holds no training run; choose another -o")

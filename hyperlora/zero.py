@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hyperlora import ranks
+from hyperlora.checkpoint import read_position
 from hyperlora.engine import Engine, set_rates
 from hyperlora.errors import InputError, TrainingDiverged
 from hyperlora.recipe import Recipe
@@ -46,15 +48,17 @@ class ZeroEngine(Engine):
         with redirect_stdout(sys.stderr):  # stdout is for results
             try:
                 self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                raise InputError(f"DeepSpeed refuses its settings: {where}: {first['msg']}; correct them") from error
+            except (ValidationError, ValueError, AssertionError) as error:
+                why = str(error).strip() or type(error).__name__
+                if isinstance(error, ValidationError):
+                    first = error.errors()[0]
+                    why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                raise InputError(f"DeepSpeed refuses its settings: {why.splitlines()[0]}; correct them") from error
         self.call, self.module, self.optimizer, self.stage = self.engine.__call__, module, optimizer, stage
         self.gather = deepspeed.zero.GatheredParameters
 
     def _tag(self, checkpoint: Path) -> str:
-        found = json.loads((checkpoint / "position.json").read_text()).get("layout", {"engine": "plain"})
+        found = read_position(checkpoint).get("layout", {"engine": "plain"})
         if found["engine"] != "deepspeed":
             raise InputError(f"{checkpoint} was written without DeepSpeed; go on without --deepspeed")
         if found == self.layout:
@@ -65,7 +69,7 @@ class ZeroEngine(Engine):
         raise InputError(
             f"the optimizer state in {checkpoint} is of {what}, this run has {self.layout['processes']} at stage "
             f"{self.layout['stage']}; convert it with: python -m deepspeed.checkpoint.ds_to_universal "
-            f"--input_folder {checkpoint / _SHARDS} --output_folder {checkpoint / _UNIVERSAL}"
+            f"--input_folder {quote(str(checkpoint / _SHARDS))} --output_folder {quote(str(checkpoint / _UNIVERSAL))}"
         )
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hyperlora.data.ahead import ahead
-from hyperlora.errors import InputError
+from hyperlora.errors import InputError, OutOfMemory
 
 
 def numbers() -> Iterator[tuple[int, torch.Tensor]]:
@@ -53,6 +53,6 @@ def test_a_killed_process_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyperlora.data.ahead._PATIENCE", 0.1)
     items = ahead(endless)
     os.kill(next(items), signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="is gone"):
+    with pytest.raises(OutOfMemory, match="was killed"):
         for _ in items:
             pass

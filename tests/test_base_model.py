@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from hyperlora import base_model
-from hyperlora.base_model import BaseNotFound, default_device, fingerprint, load_base
+from hyperlora.base_model import BaseNotFound, chosen_device, default_device, fingerprint, load_base
+from hyperlora.errors import OutOfMemory
 
 from .conftest import TEXT, Run, make_base, one_line
 
@@ -109,6 +110,14 @@ def test_quantisation_without_its_package(
     assert code == 6 and message in one_line(err) and not (tmp_path / "patch").exists()
 
 
+def test_a_base_that_does_not_fit_is_not_called_damaged(
+    tiny_dirs: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_model, "_load", lambda *_: torch.empty(2**45))
+    with pytest.raises(OutOfMemory, match="in bfloat16 on cpu; choose a smaller one"):
+        load_base(tiny_dirs[0], device="cpu", dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base_reads_and_answers(run: Run, tiny_dirs: tuple[str, str], tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
@@ -129,5 +138,12 @@ def test_every_launched_process_has_a_device_of_its_own(monkeypatch: pytest.Monk
         devices.append(str(default_device()))
     monkeypatch.delenv("LOCAL_RANK")
     assert [*devices, str(default_device())] == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # also where the kind of device is named
+    assert [str(chosen_device(name)) for name in ("cuda", "cuda:0", "cpu", None)] == [
+        "cuda:1",
+        "cuda:0",
+        "cpu",
+        "cuda:1",
+    ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert str(default_device()) == "cpu"

@@ -109,6 +109,18 @@ def test_full_disk_keeps_the_checkpoint(small: tuple[nn.Module, torch.optim.Opti
     assert checkpoint.load(tmp_path / "checkpoint").position == {"step": 1}
 
 
+@pytest.mark.parametrize("content", ['{"step": ', "[1]"])
+def test_a_damaged_position_is_told(
+    small: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path, content: str
+) -> None:
+    """To a run with DeepSpeed too, which looks at the position first."""
+    save(tmp_path, *small, {"step": 1})
+    (tmp_path / "checkpoint" / "position.json").write_text(content)
+    for read in (checkpoint.load, checkpoint.read_position):
+        with pytest.raises(InputError, match=r"is damaged .* remove it to start again"):
+            read(tmp_path / "checkpoint")
+
+
 def test_checkpoint_of_another_make(small: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path) -> None:
     module, optimizer = small
     save(tmp_path, module, optimizer, {})

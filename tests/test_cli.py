@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hyperlora.methods import METHODS
 from hyperlora.patch import Patch
 
 from .conftest import TEXT, Run, one_line
@@ -112,6 +113,10 @@ def test_patch_for_another_base(generate: Run, run: Run, document: Path, tmp_pat
 def test_usage_version_and_unknown_recipe(run: Run, tmp_path: Path) -> None:
     assert run("--version")[1].startswith("hyperlora 0.")
     assert run("generate")[0] == 2
+    code, out, _ = run("methods", "--json")
+    assert code == 0 and set(json.loads(out)) == set(METHODS)
+    listed = run("methods")[1]
+    assert all(f"{name}: {method.summary()}" in listed.splitlines() for name, method in METHODS.items())
     code, _, err = run("train", tmp_path / "no.yaml", "-o", tmp_path / "run")
     assert code == 3 and "cannot read the recipe" in one_line(err)
     code, _, err = run("evaluate")

@@ -19,6 +19,7 @@ from hyperlora.errors import InputError
 from hyperlora.methods import METHODS
 
 from .comparisons import compared, results
+from .conftest import Run
 
 pytest.importorskip("matplotlib")
 
@@ -90,6 +91,19 @@ def test_shards_add_up_to_the_whole(experiment: Path, base: BaseModel, tmp_path:
     whole = Comparison(read_experiment(experiment), base, tmp_path / "parts")
     whole.report("x")
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_shards_of_the_command_add_up(run: Run, experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
+    experiment.write_text(experiment.read_text().replace(str(tmp_path / "generator"), tiny_dirs[1]))
+    arguments = ["compare", experiment, "--base", tiny_dirs[0], "-o", tmp_path / "out"]
+    code, out, err = run(*arguments, "--shard", "2/2")
+    assert code == 0 and not out and "shard 2/2 is done" in err
+    code, _, err = run(*arguments, "--shard", "3/2")
+    assert code == 3 and "3/2" in err
+    code, _, err = run(*arguments, "--shard", "1/2")
+    assert code == 0 and not (tmp_path / "out" / "results.json").exists(), err
+    code, out, err = run(*arguments)
+    assert code == 0 and str(tmp_path / "out" / "report.html") in out.splitlines(), err
 
 
 def test_every_rank_of_a_launcher_does_a_shard(experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:

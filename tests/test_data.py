@@ -15,7 +15,7 @@ from hyperlora.data.overlap import overlapping
 from hyperlora.data.rows import FEW_WORDS, asked_yes_or_no
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
-from hyperlora.recipe import FactsTask, MadeTask, QATask
+from hyperlora.recipe import FactsTask, MadeTask, QATask, TextTask
 
 from .conftest import make_tokenizer
 
@@ -84,6 +84,8 @@ def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:
         ('{"text": 3}', "line 1: the document must be a string"),
         ('{"context": "x", "qas": [{"question": "?"}]}', "line 1: field 'answers' is missing"),
         ('{"context": "x", "qas": [{"question": "?", "answers": []}]}', "has no answer"),
+        ('{"context": "x", "qas": [{"question": 3, "answers": ["y"]}]}', "question must be a string, not int"),
+        ('{"context": "x", "qas": ["y"]}', "qas must be a list of JSON objects"),
         ("{", "line 1: not JSON (Expecting property name"),
         ("[]", "line 1: expected a JSON object, not list"),
     ],
@@ -124,6 +126,20 @@ def test_mix_reshuffles_by_epoch_and_resumes(tmp_path: Path) -> None:
     again = Mix([task], 0, make_tokenizer())
     again.state = [13]
     assert again.draw()[0].id == epochs[1][3]
+
+
+def test_languages_without_spaces_are_drawn_and_cut(tmp_path: Path) -> None:
+    """From anywhere in the text, as long as was asked for; what follows does follow."""
+    text = "".join(chr(0x4E00 + number % 2000) for number in range(3000))
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": found}, ensure_ascii=False) + "\n" for found in (text, "一", "word")))
+    mix = Mix([TextTask(task="text", sources=[str(path)], tokens=(24, 24), following=12)], 0, make_tokenizer())
+    drawn = [mix.draw()[0] for _ in range(8)]
+    assert len({item.text for item in drawn}) == 8
+    for item in drawn:
+        own, after = (found.strip("\ufffd") for found in (item.text, item.following))  # bytes of half a character
+        assert 6 <= len(own) <= 8 and own in text and after in text
+        assert 0 < text.index(after) - text.index(own) - len(own) + 1 <= 3
 
 
 def test_mix_keeps_its_weights() -> None:

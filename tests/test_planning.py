@@ -93,8 +93,40 @@ def test_a_plan_is_what_a_step_takes(
     )
 
 
+def test_rows_of_text_are_as_long_as_the_students(recipe: Recipe, tmp_path: Path) -> None:
+    text = recipe.mix[2]
+    for following in (8, 90):
+        recipe.mix = [text.model_copy(update={"tokens": (70, 80), "following": following})]
+        run = Trainer(recipe, make_generator(make_base()), tmp_path / "run")
+        rows = [row for _ in range(9) for row in run.student.rows(0, *run.mix.draw(0))]
+        (load,) = planning.read_loads(recipe, 64, 16)
+        assert load.row == max(len(row.ids) for row in rows)
+        assert load.labels == max(row.labels for row in rows)
+
+
+def test_a_run_that_starts_from_a_generator_is_planned_with_it(
+    run: Run, recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str]
+) -> None:
+    make_generator(make_base(), "perceiver").save_pretrained(tmp_path / "perceiver")
+    content = recipe.model_dump(mode="json") | {"base": tiny_dirs[0], "start_from": str(tmp_path / "perceiver")}
+    del content["generator"]
+    (tmp_path / "next.yaml").write_text(yaml.safe_dump(content))
+    code, out, err = run("plan", tmp_path / "next.yaml", "--documents", "1", "--json")
+    planned = json.loads(out)
+    perceiver = make_generator(make_base(), "perceiver").hypernet
+    assert code == 0 and planned["hypernet"] == "perceiver", err
+    assert planned["generator"] == 4 * sum(p.numel() for p in perceiver.parameters())
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples/bases").glob("*.json")), ids=lambda path: path.stem)
+def test_the_example_bases_can_be_planned(run: Run, path: Path) -> None:
+    code, out, err = run("plan", "train/one_fact/associative.yaml", "--base", path, "--documents", "1", "--json")
+    billions = float(path.stem.removesuffix("b"))
+    assert code == 0 and 0.9 < json.loads(out)["base"] / 2e9 / billions < 1.3, err
+
+
 def test_stages_share_out_what_they_say() -> None:
-    step = planning.MicroBatch(8, base=1000, generator=400, calibration=10, working=500, flops=1.0)
+    step = planning.MicroBatch(8, "associative", base=1000, generator=400, calibration=10, working=500, flops=1.0)
     plain, one, two, three = (planning.memory(step, stage, 4, bucket=5) for stage in (None, 1, 2, 3))
     assert plain.total == 1000 + 10 + 400 * 4 + 500
     assert (one.weights, one.gradients, one.optimizer, one.buffers) == (400, 400, 300, 0)

@@ -1,15 +1,19 @@
 """The base's own answers as targets: how they are made, found again and learned."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from hyperlora.base_model import BaseModel
+from hyperlora.base_model import BaseModel, load_base
 from hyperlora.data import teacher
 from hyperlora.data.items import Item, Question
+from hyperlora.data.sources import load
 from hyperlora.data.teacher import Taught, TeacherCorpus, teach
 from hyperlora.errors import InputError
 from hyperlora.objectives import Row, collate, cross_entropy, label_logits, reply_loss, state_distance
@@ -117,6 +121,41 @@ def test_the_command_makes_what_a_recipe_reads(
     assert all(0 < line["loss"] < 0.1 and line["hidden"] > 0 for line in steps)
     code, _, err = run("teach", tmp_path / "qa.jsonl", "--base", tiny_dirs[0], "-o", tmp_path / "run")
     assert code == 3 and "not empty" in one_line(err)
+
+
+def test_ranks_share_the_work(items: list[Item], tmp_path: Path, tiny_dirs: tuple[str, str]) -> None:
+    """Two processes of torchrun make the files of one process."""
+    rows = [
+        {"id": f"{item.id}-{n}", "context": f"{item.text} {n}", "qas": [{"question": "Who?", "answers": ["Maro"]}]}
+        for item in items
+        for n in range(9)
+    ]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hyperlora"]
+    arguments = [
+        "teach",
+        str(tmp_path / "many.jsonl"),
+        "--base",
+        tiny_dirs[0],
+        "--reply-tokens",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*begin, *arguments, "-o", str(tmp_path / "two")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'two'}\n", done.stderr[-2000:]
+    base = load_base(tiny_dirs[0], device="cpu")
+    loaded = TeacherCorpus(tmp_path / "two", base)
+    assert len(list((tmp_path / "two").glob("part-*"))) == 5 and len(loaded) == len(rows)
+    alone = load(str(tmp_path / "many.jsonl"))
+    teach(base, alone[:4], tmp_path / "one", max_new_tokens=3)
+    found = TeacherCorpus(tmp_path / "one", base)
+    for item in alone[:4]:
+        two, one = (corpus.find(item.text, item.questions[0].text) for corpus in (loaded, found))
+        assert two is not None and one is not None and two.reply == one.reply
 
 
 def test_replies_to_other_questions_are_no_teacher(

@@ -42,6 +42,16 @@ def test_runs_go_to_the_tracker_that_is_asked_for(name: str, tmp_path: Path, mon
     assert begun[1] == begun[0] and begun[0]["resume"] == "allow"
 
 
+def test_a_tracker_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(RuntimeError, match="not logged in"):
+        track(["wandb"], tmp_path, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_and_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="did you mean 'wandb'"):
         check(["wandbb"])

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 from pathlib import Path
@@ -82,15 +83,45 @@ def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp
     trainer(recipe, tmp_path / "run", base).run()
     del base.fingerprint
     assert base.fingerprint == before
-    other = recipe.model_copy(update={"learning_rate": 1.0})
-    with pytest.raises(InputError, match="learning_rate differ"):
-        trainer(other, tmp_path / "run").resume()
+    for key, value in (("weight_decay", 1.0), ("documents", 2)):
+        with pytest.raises(InputError, match=f"{key} differ"):
+            trainer(recipe.model_copy(update={key: value}), tmp_path / "run").resume()
+
+
+def test_what_errors_advise_can_be_done(recipe: Recipe, tmp_path: Path) -> None:
+    """A run goes on at another learning rate, and in smaller micro-batches, which change nothing else."""
+    whole = trainer(recipe, tmp_path / "whole")
+    whole.run()
+    stopped = trainer(recipe, tmp_path / "run")
+    for _ in range(2):
+        stopped._log({"step": stopped.step + 1, **stopped.train_step()}, None)
+    stopped.save()
+    split = trainer(recipe.model_copy(update={"documents": 1, "micro_batches": 3}), tmp_path / "run")
+    assert split.resume() and split.step == 2
+    split.run()
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    stopped.save()
+    slower = trainer(recipe.model_copy(update={"learning_rate": recipe.learning_rate / 9}), tmp_path / "run")
+    assert slower.resume() and slower.rates[0] == recipe.learning_rate / 9
+
+
+def test_the_first_scores_are_written_once(recipe: Recipe, tmp_path: Path) -> None:
+    """A run killed after them, and before its first step is saved, takes them again."""
+    run = trainer(recipe, tmp_path / "run")
+    run.save()
+    run._evaluate(None)
+    again = trainer(recipe, tmp_path / "run")
+    assert again.resume() and again.step == 0
+    again.run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("evaluation" in line and line["step"] == 0 for line in lines) == len(run.evaluation) > 0
 
 
 def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple) -> None:
     recipe.base = tiny_dirs[0]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "wandb-id").write_text("7")
     start(recipe, tmp_path / "run", "x").run()
     again = start(recipe, tmp_path / "run", "x")
     assert again.step == recipe.steps
@@ -165,7 +196,7 @@ def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> 
     run = trainer(recipe, tmp_path / "run")
     step = run.train_step
     run.train_step = lambda: step() if run.step < 3 else torch.empty(2**45)  # type: ignore[method-assign, return-value]
-    with pytest.raises(OutOfMemory, match=r"at documents: 3; lower documents .* or set checkpointing: true"):
+    with pytest.raises(OutOfMemory, match=r"at documents: 3; lower documents .* or set checkpointing: true, and go on"):
         run.run()
     again = trainer(recipe, tmp_path / "run")
     assert again.resume() and again.step == 3

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,11 @@ def finished(process: subprocess.Popen[str]) -> str:
     return out
 
 
+def norms(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["gradient_norm"] for record in records if "loss" in record]
+
+
 def after(step: int, folder: Path, process: subprocess.Popen[str]) -> None:
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step}, "loss"' in metrics.read_text()):
@@ -76,12 +83,17 @@ def killed_after(step: int, folder: Path, process: subprocess.Popen[str], one: b
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path, stage: int) -> None:
-    """Two processes; killed and resumed; resumed by one process from the universal checkpoint."""
+    """Two processes; killed and resumed; resumed by one process from the universal checkpoint. Gradients are cut."""
+    recipe.clip = 0.01
+    recipe_file.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"clip": recipe.clip}))
     start(recipe, tmp_path / "one", "tiny").run()
     settings = ["--deepspeed", CONFIGS / f"zero{stage}.json"]
     out = finished(launch(2, recipe_file, "-o", tmp_path / "two", *settings))
     assert out.splitlines() == [str(tmp_path / "two" / "generator")]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    # Adam hides a factor in the gradients, the norm does not; and clipping acts.
+    assert norms(tmp_path / "two") == pytest.approx(norms(tmp_path / "one"), rel=1e-3)
+    assert max(norms(tmp_path / "one")) > recipe.clip
     one, two = (load_file(tmp_path / name / "generator" / "model.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)  # the hypernetwork and its calibration, nothing of the base
     for name, tensor in one.items():
@@ -89,16 +101,16 @@ def test_zero_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_
 
     run = tmp_path / "run"
     killed_after(4, run, launch(2, recipe_file, "-o", run, *settings), one=stage == 2)
-    shutil.copytree(run, tmp_path / "alone")
+    alone = tmp_path / "all alone"
+    shutil.copytree(run, alone)
     finished(launch(2, recipe_file, "-o", run, *settings))
     assert losses(run) == losses(tmp_path / "two")
 
-    alone = tmp_path / "alone"
     refused = launch(1, recipe_file, "-o", alone, *settings)
     _, err = refused.communicate()
     assert refused.returncode != 0
     command = next(line for line in err.splitlines() if "hyperlora: error:" in line).split("convert it with: ")[1]
-    subprocess.run([sys.executable, *command.split()[1:]], check=True, capture_output=True)
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
     finished(launch(1, recipe_file, "-o", alone, *settings))
     assert losses(alone) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
@@ -139,10 +151,20 @@ def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: 
 
 
 def test_deepspeeds_launcher_starts_the_script(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
+    """With two micro-batches to a process."""
+    recipe.documents, recipe.micro_batches = 1, 4
+    recipe_file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     start(recipe, tmp_path / "one", "tiny").run()
     settings = ["--deepspeed", CONFIGS / "zero1.json"]
     finished(launch(2, recipe_file, "-o", tmp_path / "two", *settings, launcher="deepspeed"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_base_in_16_bits_trains_as_in_one_process(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
+    start(recipe, tmp_path / "one", "tiny", dtype=torch.bfloat16).run()
+    settings = ["--deepspeed", CONFIGS / "zero2.json", "--dtype", "bfloat16"]
+    finished(launch(2, recipe_file, "-o", tmp_path / "two", *settings))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # three digits to a number
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -200,9 +222,10 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
     assert zero.read_settings(path, recipe)["gradient_clipping"] == recipe.clip
 
 
-def test_what_deepspeed_refuses_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [{"reduce_bucket_size": "much"}, {"compute_grad_norm": False}], ids=str)
+def test_what_deepspeed_refuses_is_one_line(recipe_file: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": "much"}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, **wrong}}))
     refused = launch(1, recipe_file, "-o", tmp_path / "run", "--deepspeed", path)
     _, err = refused.communicate(timeout=120)
     assert refused.returncode != 0 and "hyperlora: error: DeepSpeed refuses its settings: " in err, err[-3000:]

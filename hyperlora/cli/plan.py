@@ -69,7 +69,7 @@ def plan(
     gib = 2**30
     step, *_ = rows[0]
     print(f"base        {step.base / gib:.2f} GiB in {dtype} in every process")
-    print(f"generator   {step.generator // planning.FLOAT / 1e6:.1f} M parameters ({checked.generator.hypernet})")
+    print(f"generator   {step.generator // planning.FLOAT / 1e6:.1f} M parameters ({step.hypernet})")
     print(f"{'documents':>9} {'TFLOP/step':>11}", *([f"{'s/step':>8}"] if tflops else []), end="")
     print(*(f"{'no ZeRO' if stage is None else f'ZeRO {stage}':>9}" for stage in STAGES), "   GiB per GPU")
     for one, memories, flops in rows:

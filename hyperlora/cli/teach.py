@@ -22,6 +22,7 @@ def teach(
     base: options.Base = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     local_rank: options.LocalRank = None,
 ) -> None:
     """Have the base answer questions with the document in its prompt, once, for any number of training runs.
@@ -39,7 +40,7 @@ def teach(
     ranks.join()
     part = (ranks.own() + 1, ranks.count()) if ranks.launched() > 1 else options.read_shard(shard)
     items = [item for source in sources for item in load(source)]
-    loaded = load_base(base, **loading.base_options(device, dtype, None, False))
+    loaded = load_base(base, **loading.base_options(device, dtype, None, trust_remote_code))
     kept = [item for item in items if len(document_ids(loaded.tokenizer, item.text)) <= max_tokens]
     make(loaded, kept, output, part, top_k, reply_tokens, phrased)
     ranks.leave()

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
+from hyperlora.errors import OutOfMemory
+
 T = TypeVar("T")
 
 _AHEAD = 8  # how many things are prepared before they are asked for
@@ -21,7 +23,7 @@ def ahead(make: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
     tensors in shared memory would each hold a file open. Where processes cannot be copied, there is none.
 
     Raises:
-        RuntimeError: the process was killed, by want of memory perhaps.
+        OutOfMemory: the process was killed, which want of memory does.
         Exception: whatever `make` raises.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -38,7 +40,10 @@ def ahead(make: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
             except queue.Empty:
                 if worker.is_alive():
                     continue
-                raise RuntimeError(f"the process that draws documents is gone (exit code {worker.exitcode})") from None
+                raise OutOfMemory(
+                    f"the process that draws documents was killed (exit code {worker.exitcode}), by want of memory "
+                    "perhaps; free some, or name fewer sources, and go on from the last checkpoint"
+                ) from None
             if isinstance(item, _End):
                 if item.error is not None:
                     raise item.error

@@ -3,6 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_LONGEST_WORD = 64  # bytes
+
+
+def is_text(text: str) -> bool:
+    """Whether this is more than a word, also in languages without spaces."""
+    return len(text.split()) > 1 or len(text.strip().encode()) > _LONGEST_WORD
+
 
 @dataclass(frozen=True)
 class Question:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from hyperlora.data.facts import RESERVED, fact_document
-from hyperlora.data.items import Item, Question
+from hyperlora.data.items import Item, Question, is_text
 from hyperlora.data.made_questions import ask_about
 from hyperlora.data.open_words import OpenWords
 from hyperlora.data.sources import load
@@ -14,6 +14,7 @@ from hyperlora.errors import InputError
 from hyperlora.prompt import document_ids
 from hyperlora.recipe import FactsTask, MadeTask, QATask, TextTask
 
+_NO_SPACES = 40  # characters to a space; a language that has so few has about two characters to a word
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
 
@@ -48,7 +49,7 @@ class DocumentStream:
     """Documents of data sets in a new order every epoch."""
 
     def __init__(self, items: list[Item], seed: int, tag: str):
-        items = [item for item in items if len(item.text.split()) > 1]  # one word is no document
+        items = [item for item in items if is_text(item.text)]
         self.items, self.seed, self.tag = items, seed, tag
         if not items:
             raise InputError(f"no usable documents for the task {tag}: check its sources and max_tokens")
@@ -111,10 +112,12 @@ class MadeStream(DocumentStream):
 
 def window(tokenizer: Any, text: str, rng: random.Random, length: int, following: int) -> tuple[str, str]:
     """A random window of about `length` tokens that starts at a word, and about `following` tokens after it."""
-    words = text.split(" ")
+    words, gap = text.split(" "), " "
+    if len(text) > _NO_SPACES * len(words):
+        words, gap = [text[start : start + 2] for start in range(0, len(text), 2)], ""
     span = max(2, int(0.7 * length))  # words are about 1.4 tokens; the encoder takes any length
     start = rng.randrange(max(1, len(words) - span - int(0.7 * following)))
-    ids = tokenizer(" ".join(words[start : start + 2 * (span + following)]), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(gap.join(words[start : start + 2 * (span + following)]), add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids[:length]), tokenizer.decode(ids[length : length + following])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperlora.data.items import Item
+from hyperlora.data.items import Item, is_text
 from hyperlora.data.rows import asked_of_context, asked_of_prompt, asked_yes_or_no, item_of
 from hyperlora.errors import InputError, nearest
 from hyperlora.reading import read_lines, read_records
@@ -67,8 +67,8 @@ def load(name: str) -> list[Item]:
 
 
 def load_texts(name: str) -> list[Item]:
-    """Those of at least two words: one word is no document."""
-    return [item for item in load(name) if len(item.text.split()) > 1]
+    """Those that are more than a word."""
+    return [item for item in load(name) if is_text(item.text)]
 
 
 def _read(path: Path, make: Callable[[dict[str, Any], str], Item | None]) -> Iterator[Item]:
