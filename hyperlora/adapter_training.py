@@ -22,7 +22,8 @@ from hyperlora.data.items import Item
 from hyperlora.data.mix import Mix
 from hyperlora.errors import InputError
 from hyperlora.files import write_text
-from hyperlora.generator import sites_of
+from hyperlora.generator import Generator
+from hyperlora.generator_files import stored_config
 from hyperlora.groups import padded_groups
 from hyperlora.inject import inject
 from hyperlora.methods.adapted import fresh_adapter
@@ -38,11 +39,16 @@ _BATCH_TOKENS = 16384  # padded tokens at once in training
 
 
 class Adapter(nn.Module):
-    """LoRA factors of one shared patch as parameters."""
+    """LoRA factors of one shared patch as parameters: the modules and ranks of a patch of the recipe's generator."""
 
     def __init__(self, base: BaseModel, recipe: Recipe):
         super().__init__()
-        fresh = fresh_adapter(base, recipe.generator.rank, sites_of(base, recipe.generator), recipe.seed)
+        config = stored_config(recipe.start_from) or recipe.generator
+        generator = Generator(base, config)  # for its modules alone
+        alike = generator.hypernet.fixed, generator.hypernet.fixed_rank
+        fresh: dict[str, tuple[Tensor, Tensor]] = {}
+        for modules, rank in ((generator.sites, config.rank), alike):
+            fresh |= fresh_adapter(base, rank, modules, recipe.seed)
         self.paths = list(fresh)
         self.a = nn.ParameterList(a.detach() for a, _ in fresh.values())
         self.b = nn.ParameterList(b.detach() for _, b in fresh.values())

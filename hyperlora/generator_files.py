@@ -71,6 +71,11 @@ class StoredGenerator(NamedTuple):
         return tensors
 
 
+def stored_config(name: str | None) -> GeneratorConfig | None:
+    """The settings of a generator that a run starts from; None where it starts from none. Raises InputError."""
+    return StoredGenerator.find(name).config if name else None
+
+
 def stored_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A generator's `state_dict` as it is saved, on the CPU."""
     return {

@@ -27,7 +27,7 @@ from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound, locate
 from hyperlora.encoder import BATCH_TOKENS
 from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
-from hyperlora.generator_files import StoredGenerator
+from hyperlora.generator_files import stored_config
 from hyperlora.inject import inject
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
@@ -118,7 +118,7 @@ def plan(
         UnsupportedBase, InputError: no generator can be made for it, or there is none to start from.
     """
     config = _config(base or recipe.base or DEFAULT_BASE)
-    chosen = StoredGenerator.find(recipe.start_from).config if recipe.start_from else recipe.generator
+    chosen = stored_config(recipe.start_from) or recipe.generator
     with FakeTensorMode():
         model = _bare(config, dtype)
         generator = Generator(model, chosen)

@@ -10,11 +10,14 @@ from hyperlora.base_model import BaseModel
 from hyperlora.checkpoint import find, load
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
-from hyperlora.generator import sites_of
+from hyperlora.generator import Generator
+from hyperlora.generator_config import GeneratorConfig
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document
 from hyperlora.recipe import Recipe
 from hyperlora.runtime import Runtime
+
+from .conftest import TEXT
 
 WORDS = ("red", "blue", "green", "grey")
 
@@ -49,6 +52,7 @@ def adapters(folder: Path) -> bytes:
 
 
 def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_path: Path) -> None:
+    asking.steps = 24
     untrained = validation_loss(asking, base, Adapter(base, asking))
     losses = train_adapter(asking, base, [1e-6, 1e-2], tmp_path / "run")
     assert losses["0.01"] < 0.9 * untrained < losses["1e-06"]
@@ -64,10 +68,19 @@ def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_
     assert runtime.log_likelihood([Memory()], ask)[0].mean() < adapted
 
 
-def test_it_changes_the_modules_of_the_generator(recipe: Recipe, base: BaseModel) -> None:
-    paths = Adapter(base, recipe).paths
-    assert paths == [site.path for site in sites_of(base, recipe.generator)]
-    assert all(path.endswith("self_attn.o_proj") for path in paths)
+def test_it_is_as_large_as_a_patch(recipe: Recipe, base: BaseModel, tmp_path: Path) -> None:
+    """The modules and ranks of a generator's patch, those that it changes for all documents alike too."""
+    generator = Generator(base, recipe.generator, "x")
+    generator.save_pretrained(tmp_path / "x")
+    patch = generator.generate(TEXT)
+    for asked in (
+        recipe,
+        recipe.model_copy(update={"generator": GeneratorConfig(), "start_from": str(tmp_path / "x")}),
+    ):
+        made = Adapter(base, asked).factors()
+        assert {path: (a[0].shape, b[0].shape) for path, (a, b) in made.items()} == {
+            path: (a.shape, b.shape) for path, (a, b) in patch.factors.items()
+        }
 
 
 def test_questions_in_several_batches_train_alike(

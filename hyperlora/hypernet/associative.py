@@ -87,7 +87,7 @@ class Associative(Hypernet):
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
         self.move = nn.ModuleList(_Move(width, moves, site.d_in, bool(pointers)) for site in sites if moves)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
-        self.adapter_rank = adapter_rank
+        self.fixed_rank = adapter_rank
         if adapter_rank:
             self.fixed = [module for module in shape.attention if module not in sites]
             self.adapter_a, self.adapter_b = adapter_parameters(self.fixed, adapter_rank)
@@ -95,7 +95,7 @@ class Associative(Hypernet):
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Written]:
         adapter: dict[str, Pair] = {}
         if self.fixed:
-            adapter = adapter_factors(self.fixed, self.adapter_rank, self.adapter_a, self.adapter_b, _ALPHA)
+            adapter = adapter_factors(self.fixed, self.fixed_rank, self.adapter_a, self.adapter_b, _ALPHA)
         features = reading.adapted(adapter) if adapter else reading.features
         z = self._read(features)
         mask = features.mask[..., None]

@@ -84,12 +84,13 @@ class Hypernet(nn.Module, ABC):
         name: of the architecture, its key in the registry.
         strengths: endings of the names of parameters that set how strong a patch is; they may learn at a rate of their
             own.
-        fixed: modules beside the sites that a patch changes in the same way for every document.
+        fixed: modules beside the sites that a patch changes in the same way for every document, at `fixed_rank`.
     """
 
     name: ClassVar[str]
     strengths: ClassVar[tuple[str, ...]] = ()
     fixed: Sequence[Site] = ()
+    fixed_rank: int = 0
 
     @abstractmethod
     def forward(self, reading: Reading, statistics: Sequence[SiteStatistics]) -> list[Written]:
