@@ -10,6 +10,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.generator import Generator
 from hyperlora.generator_files import CONFIG, WEIGHTS
+from hyperlora.hypernet import HYPERNETS
 from hyperlora.hypernet.slots import Slots
 from hyperlora.patch import Patch
 
@@ -49,8 +50,21 @@ def test_long_documents_among_short_ones_change_nothing(base: BaseModel, documen
         same(generator.generate(text), patch)
 
 
-def test_rank_is_capped(generator: Generator, documents: list[str]) -> None:
-    assert generator.generate(documents[0]).rank == 6
+@pytest.fixture(params=sorted(HYPERNETS))
+def family(base: BaseModel, request: pytest.FixtureRequest) -> Generator:
+    return make_generator(base, request.param)
+
+
+def test_company_and_order_change_no_patch(family: Generator, documents: list[str]) -> None:
+    permuted = family.generate(documents[::-1])[::-1]
+    for document, other in zip(documents, permuted, strict=True):
+        same(family.generate(document), other)
+
+
+@pytest.mark.parametrize("name", sorted(HYPERNETS))
+def test_rank_is_capped(base: BaseModel, documents: list[str], name: str) -> None:
+    written, capped = (make_generator(base, name, rank=rank).generate(documents[0]) for rank in (500, 2))
+    assert capped.rank == 2 < written.rank
 
 
 @pytest.mark.parametrize("name", ["memory_tokens", "perceiver"])
@@ -151,7 +165,8 @@ def test_the_norm_of_folded_chunks_is_held(base: BaseModel, documents: list[str]
     assert all(torch.equal(alone[path][1], same[path][1]) for path in alone)
 
 
-def test_save_and_load(generator: Generator, documents: list[str], tmp_path: Path) -> None:
+def test_save_and_load(family: Generator, documents: list[str], tmp_path: Path) -> None:
+    generator = family
     generator.save_pretrained(tmp_path / "g")
     one, two = (Generator.from_pretrained(tmp_path / "g", generator.base) for _ in range(2))
     assert one.provenance == two.provenance == generator.provenance
@@ -233,10 +248,9 @@ def test_batch_company_leaves_no_zero_rows(base: BaseModel, documents: list[str]
     same(short, generator.generate(documents[0][:20]))
 
 
-def test_bfloat16_base(documents: list[str]) -> None:
-    base = make_base()
-    exact = make_generator(base).generate(documents[0])
+def test_bfloat16_base(family: Generator, documents: list[str]) -> None:
+    exact = family.generate(documents[0])
     half = make_base()
     half.model.to(torch.bfloat16)
-    close = make_generator(half).generate(documents[0])
+    close = make_generator(half, family.config.hypernet).generate(documents[0])
     assert (delta(close) - delta(exact)).norm() < 0.3 * delta(exact).norm()
