@@ -89,12 +89,12 @@ def test_every_size_of_a_method_has_its_bytes_of_text(experiment: Path) -> None:
 def test_replies_are_read_without_their_end(base: BaseModel) -> None:
     """A reply of the greatest length has none, and must not pay for it."""
     item = Item("x", "A note about Brno.", (Question("Where?", "Brno", ("Brno",)),))
-    (found,) = _reader(base, None)([item], [["in Brno"]])
+    ((found,),) = _reader(base, None)([item], [[["in Brno"]]])
     runtime = Runtime(base)
     prompt = runtime.question(0, "Where?", "in Brno")
     (scores,) = runtime.log_likelihood([Memory(text=tuple(document_ids(base.tokenizer, item.text)))], [prompt])
     assert found == [pytest.approx(-float(scores[:-1].mean()))]
-    assert all(math.isfinite(loss) for loss in _reader(base, None)([item], [[""]])[0])
+    assert all(math.isfinite(loss) for loss in _reader(base, None)([item], [[[""]]])[0][0])
 
 
 def test_a_slow_method_has_units_of_its_own(experiment: Path) -> None:

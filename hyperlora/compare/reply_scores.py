@@ -19,8 +19,11 @@ from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 
-# From documents, and each document's replies, to a score for every reply.
-Scorer = Callable[[Sequence[Item], Sequence[Sequence[str]]], list[list[float]]]
+_DOCUMENTS = 8  # scored together, with the replies of all methods to what is asked of them
+
+# From documents, and sets of replies to each one's questions, to a score for every reply.
+Sets = Sequence[Sequence[str]]
+Scorer = Callable[[Sequence[Item], Sequence[Sets]], list[list[list[float]]]]
 
 
 def check_reply_scores(experiment: Experiment) -> None:
@@ -46,34 +49,60 @@ def add_reply_scores(
         makers["bert_score"] = (None, _bert)
     for label, name in experiment.readers.items():
         makers[f"reply_nll_{label}"] = (_weights(name), lambda name=name: _reader(base, name))  # type: ignore[misc]
-    bar = tqdm(total=len(makers) * len(found), unit="unit", desc="scores of replies", disable=not makers)
     for metric, (identity, make) in makers.items():
-        scorer: Scorer | None = None  # loaded when something is missing
+        # By document, whose text is then read once: replies under every method and condition, by their scores' key.
+        missing: dict[tuple[str, str], tuple[Item, dict[str, list[str]]]] = {}
         for (unit, records), (_, keys) in zip(found, keyed, strict=True):
-            bar.update()
-            for condition in CONDITIONS:
-                held = [n for n, record in enumerate(records) if "replies" in record.get(condition, {})]
-                own = {n: digest("reply score", metric, identity, keys[n], condition) for n in held}
-                if missing := [n for n in held if own[n] not in cache]:
-                    scorer = scorer or make()
-                    replies = [records[n][condition]["replies"] for n in missing]
-                    scores = scorer([unit.items[n] for n in missing], replies)
-                    cache.add({own[n]: score for n, score in zip(missing, scores, strict=True)})
-                for n in held:
-                    records[n][condition] = records[n][condition] | {metric: cache[own[n]]}
-    bar.close()
+            for item, record, key in zip(unit.items, records, keys, strict=True):
+                for condition in _answered(record):
+                    if (own := _key(metric, identity, key, condition)) not in cache:
+                        asked = missing.setdefault((unit.task, item.id), (item, {}))
+                        asked[1][own] = record[condition]["replies"]
+        if missing:
+            _score(make(), list(missing.values()), cache, metric)
+        for (_, records), (_, keys) in zip(found, keyed, strict=True):
+            for record, key in zip(records, keys, strict=True):
+                for condition in _answered(record):
+                    scores = cache[_key(metric, identity, key, condition)]
+                    record[condition] = record[condition] | {metric: scores}
     return found
+
+
+def _answered(record: Record) -> list[str]:
+    return [condition for condition in CONDITIONS if "replies" in record.get(condition, {})]
+
+
+def _key(metric: str, identity: Any, key: str, condition: str) -> str:
+    return digest("reply score", metric, identity, key, condition)
+
+
+def _score(scorer: Scorer, missing: Sequence[tuple[Item, dict[str, list[str]]]], cache: Cache, metric: str) -> None:
+    """Score the replies to what documents are asked, and keep the scores under their keys, some documents at a time."""
+    with tqdm(total=len(missing), unit="document", desc=metric) as bar:
+        for start in range(0, len(missing), _DOCUMENTS):
+            group = missing[start : start + _DOCUMENTS]
+            scores = scorer([item for item, _ in group], [list(replies.values()) for _, replies in group])
+            pairs = zip(group, scores, strict=True)
+            cache.add({key: own for (_, keys), found in pairs for key, own in zip(keys, found, strict=True)})
+            bar.update(len(group))
 
 
 def _bert() -> Scorer:
     encoder = load_encoder()
 
-    def score(items: Sequence[Item], replies: Sequence[Sequence[str]]) -> list[list[float]]:
-        flat = [reply for group in replies for reply in group]
-        scores = iter(bert_score(flat, [list(q.accepted) for item in items for q in item.questions], encoder))
-        return [[next(scores).f1 for _ in group] for group in replies]
+    def score(items: Sequence[Item], replies: Sequence[Sets]) -> list[list[list[float]]]:
+        pairs = zip(items, replies, strict=True)
+        accepted = [list(question.accepted) for item, sets in pairs for _ in sets for question in item.questions]
+        flat = [reply for sets in replies for group in sets for reply in group]
+        return _like(replies, [found.f1 for found in bert_score(flat, accepted, encoder)])
 
     return score
+
+
+def _like(replies: Sequence[Sets], flat: Sequence[float]) -> list[list[list[float]]]:
+    """One number for each reply, in the order of the replies and with their nesting."""
+    left = iter(flat)
+    return [[[next(left) for _ in group] for group in sets] for sets in replies]
 
 
 def _weights(name: str | None) -> Any:
@@ -93,14 +122,14 @@ def _reader(base: BaseModel, name: str | None) -> Scorer:
     reader = base if name is None else load_base(name, device=str(base.device), dtype=torch.float32)
     runtime = Runtime(reader)
 
-    def score(items: Sequence[Item], replies: Sequence[Sequence[str]]) -> list[list[float]]:
-        memories = [Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items]
+    def score(items: Sequence[Item], replies: Sequence[Sets]) -> list[list[list[float]]]:
+        memories = runtime.prefill([Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items])
         prompts = [
             _unended(runtime.question(index, question.text, reply))
-            for index, (item, group) in enumerate(zip(items, replies, strict=True))
+            for index, (item, sets) in enumerate(zip(items, replies, strict=True))
+            for group in sets
             for question, reply in zip(item.questions, group, strict=True)
         ]
-        losses = iter([-float(scores.mean()) for scores in runtime.log_likelihood(memories, prompts)])
-        return [[next(losses) for _ in group] for group in replies]
+        return _like(replies, [-float(scores.mean()) for scores in runtime.log_likelihood(memories, prompts)])
 
     return score
