@@ -76,13 +76,26 @@ class MadeTask(_Task):
     questions: Positive = 2
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Unrelated(_Strict):
-    """Text the patch must leave alone: KL to the bare model on `tokens` tokens for a share of the documents."""
+    """Text the patch must leave alone: KL to the bare model on `tokens` tokens for a `share` of the documents, of which
+    a share `in_prompt` stands where a prompt has its document."""
 
     sources: list[str]
     tokens: Positive = 64
     weight: float = Field(1.0, ge=0)
-    share: float = Field(1.0, ge=0, le=1)
+    share: Share = 1.0
+    in_prompt: Share = 0.0
+
+
+class Beside(_Strict):
+    """What a prompt says has the last word: for a `share` of the documents, with their patch on, questions about the
+    next one of the step, which stands in the prompt."""
+
+    weight: float = Field(1.0, ge=0)
+    share: Share = 0.25
 
 
 class Teacher(_Strict):
@@ -149,6 +162,7 @@ class Recipe(_Strict):
     calibration: Calibration
     mix: list[Annotated[FactsTask | QATask | TextTask | MadeTask, Field(discriminator="task")]] = Field(min_length=1)
     unrelated: Unrelated | None = None
+    beside: Beside | None = None
     teacher: Teacher = Teacher()
     evaluation: Evaluation = Evaluation()
 
@@ -189,6 +203,7 @@ def _keys(where: tuple[int | str, ...]) -> list[str]:
         "generator": GeneratorConfig,
         "calibration": Calibration,
         "unrelated": Unrelated,
+        "beside": Beside,
         "teacher": Teacher,
         "evaluation": Evaluation,
         "facts": FactsTask,

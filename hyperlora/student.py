@@ -15,13 +15,14 @@ from hyperlora.inject import Factors, inject
 from hyperlora.objectives import (
     Row,
     collate,
+    cross_entropy,
     kl_from_bare,
     label_logits,
     reply_loss,
     state_distance,
     states,
 )
-from hyperlora.prompt import document_ids
+from hyperlora.prompt import document_ids, encode
 from hyperlora.recipe import Recipe
 from hyperlora.structure import decoder_layers
 
@@ -66,9 +67,18 @@ class Student:
         """Rows of document number `index`: its questions, else its own text and what follows it."""
         return self._questions(index, item) if item.questions else self._continuations(index, item, rng)
 
-    def text(self, index: int, text: str) -> Row:
-        """Plain text, scored from its second token on."""
-        return Row(index, self.sink + document_ids(self.base.tokenizer, text), len(self.sink) + 1)
+    def text(self, index: int, text: str, in_prompt: bool = False) -> Row:
+        """Plain text, or a prompt's document, scored from its second token on."""
+        before = encode(self.base.tokenizer, self.base.prompt.prefix) if in_prompt else self.sink
+        return Row(index, before + document_ids(self.base.tokenizer, text), len(before) + 1)
+
+    def beside(self, index: int, other: Item) -> list[Row]:
+        """Rows of document number `index` that ask about another document, which is in the prompt."""
+        prompt, tokenizer, rows = self.base.prompt, self.base.tokenizer, []
+        for question in other.questions:
+            asked = prompt.prompt_ids(tokenizer, question.text, other.text)
+            rows.append(Row(index, asked + prompt.answer_ids(tokenizer, question.reply), len(asked)))
+        return rows
 
     def _questions(self, index: int, item: Item) -> list[Row]:
         prompt_ids, tokenizer = self.base.prompt.prompt_ids, self.base.tokenizer
@@ -130,6 +140,15 @@ class Student:
         with states(self.blocks, self.matched) as found:
             self.base.model.base_model(input_ids=batch.ids, use_cache=False)
         return torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
+
+    def misled(self, factors: Factors, rows: list[Row], labels: int) -> float:
+        """Leave the gradient of the weighted loss of `beside` rows in the factors; the rows' part of its mean."""
+        assert self.recipe.beside is not None
+        model, batch = self.base.model, collate(rows, self.base.device)
+        with inject(model, factors, batch.documents):
+            loss = cross_entropy(model, batch) / labels
+            (self.recipe.beside.weight * loss).backward()
+        return float(loss.detach())
 
     def drift(self, factors: Factors, rows: list[Row], labels: int) -> float:
         """Leave the gradient of the weighted KL to the bare model in the factors; the rows' part of its mean."""

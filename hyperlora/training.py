@@ -8,11 +8,12 @@ import signal
 import sys
 import time
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,8 +49,14 @@ _SAME_REQUEST = 2.0  # seconds
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 
-# The documents of a micro-batch, the rows of what is asked of them, and rows of unrelated text.
-Micro = tuple[list[Item], list[Row], list[Row]]
+
+class Micro(NamedTuple):
+    """Documents, and rows of what is asked of them, of what prompts say beside their patches, and of unrelated text."""
+
+    items: list[Item]
+    rows: list[Row]
+    beside: list[Row]
+    unrelated: list[Row]
 
 
 class Trainer:
@@ -122,17 +129,28 @@ class Trainer:
             self.unrelated_drawn += 1
             if rng.random() < setting.share:
                 text, _ = window(self.base.tokenizer, item.text, rng, setting.tokens, 0)
-                rows.append(self.student.text(index, text))
+                rows.append(self.student.text(index, text, rng.random() < setting.in_prompt))
         return [row for row in rows if row.labels > 0]
+
+    def _beside_rows(self, drawn: Sequence[Item], start: int, rngs: Sequence[random.Random]) -> list[Row]:
+        """For a share of the documents from number `start` of the step on, what is asked of the next one."""
+        rows: list[Row] = []
+        if self.recipe.beside is not None and len(drawn) > 1:
+            for index, rng in enumerate(rngs):
+                if rng.random() < self.recipe.beside.share:
+                    rows += self.student.beside(index, drawn[(start + index + 1) % len(drawn)])
+        return rows
 
     def _draw(self) -> abc.Generator[tuple[list[Micro], list[int], int], None, None]:
         """Of every step from this one on: its micro-batches and how much has been drawn after it."""
         for step in itertools.count(self.step):
-            micro = []
-            for _ in range(self.recipe.micro_batches):
-                drawn = [self.mix.draw(step) for _ in range(self.recipe.documents)]
-                rows = [row for index, (item, rng) in enumerate(drawn) for row in self.student.rows(index, item, rng)]
-                micro.append(([item for item, _ in drawn], rows, self._unrelated_rows()))
+            micro, count = [], self.recipe.documents
+            drawn = [self.mix.draw(step) for _ in range(count * self.recipe.micro_batches)]
+            for start in range(0, len(drawn), count):
+                part = drawn[start : start + count]
+                rows = [row for index, (item, rng) in enumerate(part) for row in self.student.rows(index, item, rng)]
+                beside = self._beside_rows([item for item, _ in drawn], start, [rng for _, rng in part])
+                micro.append(Micro([item for item, _ in part], rows, beside, self._unrelated_rows()))
             yield micro, list(self.mix.state), self.unrelated_drawn
 
     @sdpa_kernel(_ATTENTION)
@@ -143,20 +161,25 @@ class Trainer:
             self._drawn = ahead(self._draw) if self.base.device.type == "cuda" else self._draw()
         micro, self.mix.state, self.unrelated_drawn = next(self._drawn)
         # Divided by the labels of all micro-batches, so that the split changes nothing.
-        labels = sum(row.labels for _, rows, _ in micro for row in rows)
-        others = sum(row.labels for _, _, rows in micro for row in rows)
+        labels, prompts, others = (
+            sum(row.labels for part in micro for row in rows(part))
+            for rows in (attrgetter("rows"), attrgetter("beside"), attrgetter("unrelated"))
+        )
         totals = {"loss": 0.0, "unrelated": 0.0} | ({"hidden": 0.0} if self.student.matched else {})
+        totals |= {"beside": 0.0} if self.recipe.beside else {}
         mine = micro[ranks.own() :: ranks.count()]
-        for number, (items, rows, unrelated) in enumerate(mine, 1):
-            read = [self.generator.encoder.tokenize(item.text) for item in items]
+        for number, part in enumerate(mine, 1):
+            read = [self.generator.encoder.tokenize(item.text) for item in part.items]
             factors = self.generator.factors(read, calls=ranks.most(self.generator.calls(read)))
             # Leaves in the place of A and B: each loss runs backward inside its own injection, which activation
             # checkpointing needs, and the graph behind the factors is walked once.
             leaves = leaves_of(factors)
-            for name, loss in self.student.losses(leaves, rows, labels).items():
+            for name, loss in self.student.losses(leaves, part.rows, labels).items():
                 totals[name] += loss
-            if unrelated:
-                totals["unrelated"] += self.student.drift(leaves, unrelated, others)
+            if part.beside:
+                totals["beside"] += self.student.misled(leaves, part.beside, prompts)
+            if part.unrelated:
+                totals["unrelated"] += self.student.drift(leaves, part.unrelated, others)
             self.engine.backward(joined(factors, leaves), last=number == len(mine))
         recipe = self.recipe
         norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])

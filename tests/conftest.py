@@ -156,7 +156,8 @@ def recipe(tmp_path: Path) -> Recipe:
                 {"task": "qa", "sources": [str(tmp_path / "qa.jsonl")]},
                 {"task": "text", "sources": text, "tokens": [20, 40], "following": 8},
             ],
-            "unrelated": {"sources": text, "tokens": 16, "share": 0.5},
+            "unrelated": {"sources": text, "tokens": 16, "share": 0.5, "in_prompt": 0.5},
+            "beside": {"share": 0.5},
             "evaluation": {"every": 100, "items": 4, "facts": [2]},
         }
     )

@@ -137,7 +137,7 @@ def test_stages_share_out_what_they_say() -> None:
 @pytest.fixture
 def recipe_file(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str]) -> Path:
     """One kind of document; every kind takes a pass of its own."""
-    recipe.base, recipe.mix = tiny_dirs[0], recipe.mix[:1]
+    recipe.base, recipe.mix, recipe.beside = tiny_dirs[0], recipe.mix[:1], None
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     return path
@@ -197,6 +197,7 @@ def test_long_documents_are_planned_in_chunks(recipe: Recipe, tiny_dirs: tuple[s
 
 def test_a_gpu_reads_more_documents_at_a_time(recipe: Recipe, tiny_dirs: tuple[str, str]) -> None:
     load = planning.Load(document=128, questions=1, row=24, labels=8, weight=1.0)
+    recipe.beside = None
     arguments = (recipe, tiny_dirs[0], 40, [load], torch.float32)
     cpu, gpu = (planning.plan(*arguments, device=device) for device in ("cpu", "cuda"))
     assert gpu.working > 1.02 * cpu.working

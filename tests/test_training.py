@@ -12,7 +12,7 @@ from hyperlora.data.overlap import Overlap
 from hyperlora.engine import PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
 from hyperlora.hypernet import HYPERNETS
-from hyperlora.recipe import Recipe, read_recipe
+from hyperlora.recipe import Beside, Recipe, read_recipe
 from hyperlora.training import Trainer, start
 
 from .conftest import OPTIONS, losses, make_base, make_generator
@@ -86,6 +86,37 @@ def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp
     for key, value in (("weight_decay", 1.0), ("documents", 2)):
         with pytest.raises(InputError, match=f"{key} differ"):
             trainer(recipe.model_copy(update={key: value}), tmp_path / "run").resume()
+
+
+def test_prompts_beside_a_patch_ask_about_themselves(recipe: Recipe, tmp_path: Path) -> None:
+    """Each row has the patch of one document on and the next one of the step in its prompt, with that one's answer."""
+    recipe.mix, recipe.beside, recipe.unrelated = recipe.mix[:1], Beside(share=1.0), None
+    recipe.documents, recipe.micro_batches = 2, 2
+    run = trainer(recipe, tmp_path / "run")
+    tokenizer, (micro, *_) = run.base.tokenizer, next(run._draw())
+    items = [item for part in micro for item in part.items]
+    rows = [(2 * number + row.document, row) for number, part in enumerate(micro) for row in part.beside]
+    assert sorted({owner for owner, _ in rows}) == [0, 1, 2, 3]
+    for owner, row in rows:
+        other = items[(owner + 1) % 4]
+        asked = tokenizer.decode(row.ids[: row.start])
+        (question,) = [q for q in other.questions if q.text in asked]
+        assert other.text in asked and items[owner].text not in asked
+        assert tokenizer.decode(row.ids[row.start :]).startswith(question.reply)
+    metrics = run.train_step()
+    assert 0 < metrics["beside"] < 20
+    recipe.beside.share = 0.0
+    assert trainer(recipe, tmp_path / "none").train_step()["beside"] == 0
+
+
+def test_unrelated_text_may_stand_in_a_prompt(recipe: Recipe, tmp_path: Path) -> None:
+    prefix = tuple(trainer(recipe, tmp_path / "run").base.prompt.prompt_ids(make_base().tokenizer, ""))[:3]
+    starts = {}
+    for share in (0.0, 1.0):
+        changed = recipe.model_copy(update={"unrelated": recipe.unrelated.model_copy(update={"in_prompt": share})})  # type: ignore[union-attr]
+        rows = [row for _ in range(3) for row in trainer(changed, tmp_path / "run")._unrelated_rows()]
+        starts[share] = {tuple(row.ids[:3]) == prefix for row in rows}
+    assert starts == {0.0: {False}, 1.0: {True}}
 
 
 def test_what_errors_advise_can_be_done(recipe: Recipe, tmp_path: Path) -> None:
