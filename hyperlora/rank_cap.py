@@ -8,6 +8,9 @@ from torch import Tensor
 _FEW = 100  # outputs below which a decomposition costs nothing
 _MANY = 4  # outputs to a rank from which the subspace is found by so many steps of iteration
 _STEPS = 5
+# Squares of singular values, of the largest one: below, there is nothing but rounding to keep. Such directions stay
+# zero, for a gradient through them would depend on the rounding.
+_NOTHING = 1e-12
 
 
 def cap_rank(a: Tensor, b: Tensor, rank: int, outputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -82,8 +85,7 @@ def _leading(outputs: Tensor, rank: int) -> Tensor:
         return torch.linalg.eigh(outputs @ outputs.mT)[1].flip(-1)[..., :rank].float()
     values, right = torch.linalg.eigh(outputs.mT @ outputs)
     values, right = values.flip(-1)[..., None, :rank], right.flip(-1)[..., :rank]
-    # Directions in which there is nothing to keep have no left singular vector; they stay zero.
-    kept = values > 1e-12 * values[..., :1]
+    kept = values > _NOTHING * values[..., :1]
     return torch.where(kept, outputs @ right * values.clamp_min(1e-300).rsqrt(), 0.0).float()
 
 
@@ -96,7 +98,9 @@ def _iterated(product: Tensor, rank: int) -> Tensor:
     found = start.to(product).expand(*product.shape[:-2], -1, -1)
     for _ in range(_STEPS):
         found = _orthonormal(product @ (product.mT @ found))
-    return _orthonormal(found)
+    found = _orthonormal(found)
+    kept = (product.mT @ found).square().sum(-2, keepdim=True)
+    return torch.where(kept > _NOTHING * kept.amax(-1, keepdim=True), found, 0.0)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

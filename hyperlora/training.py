@@ -1,6 +1,5 @@
 """The training loop: draw documents, inject their patches, compare with the replies, checkpoint, resume."""
 
-import itertools
 import json
 import math
 import random
@@ -8,12 +7,12 @@ import signal
 import sys
 import time
 from collections import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,10 +24,9 @@ from hyperlora.activations import checkpoint_layers, stored
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.ahead import ahead
-from hyperlora.data.items import Item
-from hyperlora.data.mix import DocumentStream, Mix, window
 from hyperlora.data.overlap import check_disjoint
-from hyperlora.data.sources import load, load_texts
+from hyperlora.data.sources import load_texts
+from hyperlora.drawing import Drawing, Position, Step
 from hyperlora.engine import Engine, PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged, out_of_memory
 from hyperlora.evaluation.controls import score_controls
@@ -36,7 +34,6 @@ from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
 from hyperlora.generator import Generator
 from hyperlora.leaves import joined, leaves_of
-from hyperlora.objectives import Row
 from hyperlora.recipe import Recipe
 from hyperlora.student import Student
 from hyperlora.trackers import WRITTEN
@@ -48,15 +45,6 @@ _SAME_REQUEST = 2.0  # seconds
 # Without cuDNN's, which plans anew for every shape: a third of a step where every batch has another.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
-
-
-class Micro(NamedTuple):
-    """Documents, and rows of what is asked of them, of what prompts say beside their patches, and of unrelated text."""
-
-    items: list[Item]
-    rows: list[Row]
-    beside: list[Row]
-    unrelated: list[Row]
 
 
 class Trainer:
@@ -82,16 +70,12 @@ class Trainer:
             )
         self.recipe, self.generator, self.folder = recipe, generator, folder
         self.base = generator.base
-        self.mix = Mix(list(recipe.mix), recipe.seed, self.base.tokenizer)
-        self.unrelated = (
-            DocumentStream([i for s in recipe.unrelated.sources for i in load(s)], recipe.seed, "unrelated")
-            if recipe.unrelated
-            else None
-        )
         self.student = Student(self.base, recipe, generator.encoder.sink)
-        self.student.check_taught(self.mix.documents())
+        self.drawing = Drawing(recipe, self.base, self.student)
+        trained = self.drawing.mix.documents()
+        self.student.check_taught(trained)
         self.evaluation = evaluation_sets(recipe.evaluation, self.base)
-        trained = self.mix.documents() + (self.unrelated.items if self.unrelated else [])
+        trained += self.drawing.unrelated.items if self.drawing.unrelated else []
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
         self.engine = self._engine(zero)
         generator.through = self.engine.call
@@ -99,9 +83,8 @@ class Trainer:
             generator.through = partial(checkpointed, self.engine.call, use_reentrant=False)
             checkpoint_layers(self.base.model)
         self.step = 0
-        self.unrelated_drawn = 0
         self.skipped = 0
-        self._drawn: abc.Generator[tuple[list[Micro], list[int], int], None, None] | None = None
+        self.steps: abc.Generator[Step, None, None] | None = None  # from here on
 
     def _engine(self, zero: dict[str, Any] | None) -> Engine:
         recipe, hypernet = self.recipe, self.generator.hypernet
@@ -119,47 +102,14 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _unrelated_rows(self) -> list[Row]:
-        """Text that has nothing to do with the documents, for a share of them."""
-        if self.unrelated is None or self.recipe.unrelated is None:
-            return []
-        setting, rows = self.recipe.unrelated, []
-        for index in range(self.recipe.documents):
-            item, rng = self.unrelated.draw(self.unrelated_drawn)
-            self.unrelated_drawn += 1
-            if rng.random() < setting.share:
-                text, _ = window(self.base.tokenizer, item.text, rng, setting.tokens, 0)
-                rows.append(self.student.text(index, text, rng.random() < setting.in_prompt))
-        return [row for row in rows if row.labels > 0]
-
-    def _beside_rows(self, drawn: Sequence[Item], start: int, rngs: Sequence[random.Random]) -> list[Row]:
-        """For a share of the documents from number `start` of the step on, what is asked of the next one."""
-        rows: list[Row] = []
-        if self.recipe.beside is not None and len(drawn) > 1:
-            for index, rng in enumerate(rngs):
-                if rng.random() < self.recipe.beside.share:
-                    rows += self.student.beside(index, drawn[(start + index + 1) % len(drawn)])
-        return rows
-
-    def _draw(self) -> abc.Generator[tuple[list[Micro], list[int], int], None, None]:
-        """Of every step from this one on: its micro-batches and how much has been drawn after it."""
-        for step in itertools.count(self.step):
-            micro, count = [], self.recipe.documents
-            drawn = [self.mix.draw(step) for _ in range(count * self.recipe.micro_batches)]
-            for start in range(0, len(drawn), count):
-                part = drawn[start : start + count]
-                rows = [row for index, (item, rng) in enumerate(part) for row in self.student.rows(index, item, rng)]
-                beside = self._beside_rows([item for item, _ in drawn], start, [rng for _, rng in part])
-                micro.append(Micro([item for item, _ in part], rows, beside, self._unrelated_rows()))
-            yield micro, list(self.mix.state), self.unrelated_drawn
-
     @sdpa_kernel(_ATTENTION)
     def train_step(self) -> dict[str, float]:
         """One optimizer step over `micro_batches` batches; returns its metrics (losses in nats per token)."""
-        if self._drawn is None:
+        if self.steps is None:
+            draw = partial(self.drawing.steps, self.step)
             # On the CPU another process would take from what trains.
-            self._drawn = ahead(self._draw) if self.base.device.type == "cuda" else self._draw()
-        micro, self.mix.state, self.unrelated_drawn = next(self._drawn)
+            self.steps = ahead(draw) if self.base.device.type == "cuda" else draw()
+        micro, self.drawing.position = next(self.steps)
         # Divided by the labels of all micro-batches, so that the split changes nothing.
         labels, prompts, others = (
             sum(row.labels for part in micro for row in rows(part))
@@ -211,9 +161,9 @@ class Trainer:
             with _explained(self.recipe):
                 self._run(bar, stop, on_metrics)
         finally:
-            if self._drawn is not None:
-                self._drawn.close()
-            self._drawn = None
+            if self.steps is not None:
+                self.steps.close()
+            self.steps = None
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -277,8 +227,8 @@ class Trainer:
         """Replace the folder's checkpoint."""
         position = {
             "step": self.step,
-            "drawn": self.mix.state,
-            "unrelated": self.unrelated_drawn,
+            "drawn": self.drawing.position.mix,
+            "unrelated": self.drawing.position.unrelated,
             "layout": self.engine.layout,
             "sites": [site.path for site in self.generator.sites],
             "fingerprint": vars(self.base.fingerprint),
@@ -321,8 +271,8 @@ class Trainer:
         with self.engine.whole():
             loaded.restore(self.generator)
         self.engine.load(found)
-        self._drawn = None
-        self.step, self.mix.state, self.unrelated_drawn = position["step"], position["drawn"], position["unrelated"]
+        self.steps = None
+        self.step, self.drawing.position = position["step"], Position(position["drawn"], position["unrelated"])
         self._forget_metrics_after(self.step or -1)  # at the very start it is scored once more
         return True
 

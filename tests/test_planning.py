@@ -63,8 +63,8 @@ def test_a_plan_is_what_a_step_takes(
     )
     base = make_base()
     run = Trainer(recipe, make_generator(base, **recipe.generator.model_dump()), tmp_path / "run")
-    item, rng = next((item, rng) for item, rng in (run.mix.draw(0) for _ in range(50)) if item.questions)
-    run.mix.draw = lambda _: (item, rng)  # type: ignore[method-assign, assignment]
+    item, rng = next((item, rng) for item, rng in (run.drawing.mix.draw(0) for _ in range(50)) if item.questions)
+    run.drawing.mix.draw = lambda _: (item, rng)  # type: ignore[method-assign, assignment]
     rows = run.student.rows(0, item, rng)
     load = planning.Load(
         document=len(run.generator.encoder.tokenize(item.text)),
@@ -98,7 +98,7 @@ def test_rows_of_text_are_as_long_as_the_students(recipe: Recipe, tmp_path: Path
     for following in (8, 90):
         recipe.mix = [text.model_copy(update={"tokens": (70, 80), "following": following})]
         run = Trainer(recipe, make_generator(make_base()), tmp_path / "run")
-        rows = [row for _ in range(9) for row in run.student.rows(0, *run.mix.draw(0))]
+        rows = [row for _ in range(9) for row in run.student.rows(0, *run.drawing.mix.draw(0))]
         (load,) = planning.read_loads(recipe, 64, 16)
         assert load.row == max(len(row.ids) for row in rows)
         assert load.labels == max(row.labels for row in rows)

@@ -73,6 +73,26 @@ def test_a_rank_beyond_the_outputs_keeps_everything() -> None:
         torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-4, atol=1e-4)
 
 
+def test_where_there_is_less_than_the_rank_the_gradient_does_not_depend_on_rounding() -> None:
+    """Twenty directions in forty rows, of which thirty may stay: the other ten are nothing and stay zero."""
+    torch.manual_seed(0)
+    a, mixing, few = torch.randn(1, 40, 200), torch.randn(20, 40), torch.randn(1, 128, 20)
+    weight = torch.randn(1, 128, 200)
+
+    def gradient(noise: float) -> torch.Tensor:
+        b = (few @ (mixing + noise * torch.randn(20, 40))).requires_grad_()
+        small_a, small_b = cap_rank(a, b, 30)
+        torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-3, atol=1e-3)
+        assert int((small_a.abs().amax(-1) > 0).sum()) == 20
+        ((small_b @ small_a) * weight).sum().backward()
+        assert b.grad is not None
+        return b.grad
+
+    exact = gradient(0.0)
+    for _ in range(3):
+        assert (gradient(1e-7) - exact).norm() < 1e-4 * exact.norm()
+
+
 def test_sites_capped_together_are_as_each_alone() -> None:
     """Of three shapes, one of which has few enough rows already."""
     torch.manual_seed(0)

@@ -250,10 +250,10 @@ def test_tasks_come_and_go_with_the_steps(recipe: Recipe, tmp_path: Path) -> Non
     run = trainer(Recipe.model_validate(changed), tmp_path / "run")
     drawn = []
     for step in range(6):
-        before = list(run.mix.state)
+        before = list(run.drawing.mix.state)
         for _ in range(4):
-            run.mix.draw(step)
-        drawn.append([now - then for now, then in zip(run.mix.state, before, strict=True)])
+            run.drawing.mix.draw(step)
+        drawn.append([now - then for now, then in zip(run.drawing.mix.state, before, strict=True)])
     assert drawn == [[4, 0, 0]] * 3 + [[0, 4, 0]] * 3
     changed["mix"][1]["from_step"] = 4
     with pytest.raises(ValueError, match="no task of the mix is drawn in step 3"):

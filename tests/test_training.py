@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_prompts_beside_a_patch_ask_about_themselves(recipe: Recipe, tmp_path: P
     recipe.mix, recipe.beside, recipe.unrelated = recipe.mix[:1], Beside(share=1.0), None
     recipe.documents, recipe.micro_batches = 2, 2
     run = trainer(recipe, tmp_path / "run")
-    tokenizer, (micro, *_) = run.base.tokenizer, next(run._draw())
+    tokenizer, (micro, *_) = run.base.tokenizer, next(run.drawing.steps(0))
     items = [item for part in micro for item in part.items]
     rows = [(2 * number + row.document, row) for number, part in enumerate(micro) for row in part.beside]
     assert sorted({owner for owner, _ in rows}) == [0, 1, 2, 3]
@@ -114,7 +115,8 @@ def test_unrelated_text_may_stand_in_a_prompt(recipe: Recipe, tmp_path: Path) ->
     starts = {}
     for share in (0.0, 1.0):
         changed = recipe.model_copy(update={"unrelated": recipe.unrelated.model_copy(update={"in_prompt": share})})  # type: ignore[union-attr]
-        rows = [row for _ in range(3) for row in trainer(changed, tmp_path / "run")._unrelated_rows()]
+        steps = trainer(changed, tmp_path / "run").drawing.steps(0)
+        rows = [row for _ in range(3) for part in next(steps).micro for row in part.unrelated]
         starts[share] = {tuple(row.ids[:3]) == prefix for row in rows}
     assert starts == {0.0: {False}, 1.0: {True}}
 
@@ -190,9 +192,9 @@ def test_checkpointing_changes_the_memory_and_not_the_gradient(recipe: Recipe, t
 
 def test_a_process_that_draws_ahead_changes_nothing(recipe: Recipe, tmp_path: Path) -> None:
     runs = [trainer(recipe, tmp_path / name) for name in ("here", "ahead")]
-    runs[1]._drawn = ahead(runs[1]._draw)
+    runs[1].steps = ahead(partial(runs[1].drawing.steps, 0))
     assert [runs[0].train_step() for _ in range(12)] == [runs[1].train_step() for _ in range(12)]
-    positions = [(run.step, run.mix.state, run.unrelated_drawn) for run in runs]
+    positions = [(run.step, run.drawing.position) for run in runs]
     assert positions[0] == positions[1]
 
 

@@ -44,9 +44,9 @@ def measure(recipe: Recipe, base: str | None, documents: int, deepspeed: Path | 
     torch.manual_seed(0)
     with peak_memory(torch.device("cpu")) as loading:
         run = start(recipe, folder, "bench", settings)
-    drawn = [run.mix.draw(0) for _ in range(200)]
+    drawn = [run.drawing.mix.draw(0) for _ in range(200)]
     item, rng = max(drawn, key=lambda pair: len(run.generator.encoder.tokenize(pair[0].text)))
-    run.mix.draw = lambda _: (item, rng)  # type: ignore[method-assign, assignment]
+    run.drawing.mix.draw = lambda _: (item, rng)  # type: ignore[method-assign, assignment]
     rows = run.student.rows(0, item, rng)
     load = planning.Load(
         document=len(run.generator.encoder.tokenize(item.text)),

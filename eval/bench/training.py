@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.data.items import Item
+from hyperlora.drawing import Micro
 from hyperlora.errors import InputError
 from hyperlora.flop_counter import flop_counter
 from hyperlora.hypernet import Features, Reading
@@ -89,18 +89,19 @@ class WholePass(Reading):
         raise InputError("the straightforward loop is written for generators that read features")
 
 
-def straightforward(run: Trainer, drawn: list[tuple[Item, list[Row], list[Row]]]) -> None:
+def straightforward(run: Trainer, drawn: Micro) -> None:
     """The gradient of a step, document by document."""
     model, weight = run.base.model, run.recipe.unrelated.weight if run.recipe.unrelated else 0.0
-    labels = sum(row.labels for _, rows, _ in drawn for row in rows)
-    others = max(1, sum(row.labels for _, _, rows in drawn for row in rows))
+    prompt_weight = run.recipe.beside.weight if run.recipe.beside else 0.0
+    labels, prompts, others = (max(1, sum(row.labels for row in rows)) for rows in drawn[1:])
 
     def logits(row: Row) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([row.ids], device=run.base.device)
         found = model(input_ids=ids, use_cache=False).logits[0].float()
         return found[row.start - 1 : -1], ids[0, row.start :]
 
-    for item, rows, unrelated in drawn:
+    for number, item in enumerate(drawn.items):
+        rows, beside, unrelated = ([row for row in found if row.document == number] for found in drawn[1:])
         written = run.generator.hypernet(
             WholePass(run, run.generator.encoder.tokenize(item.text)), run.generator.statistics
         )
@@ -111,6 +112,8 @@ def straightforward(run: Trainer, drawn: list[tuple[Item, list[Row], list[Row]]]
             bare = [logits(row)[0] for row in unrelated]
         with inject(model, factors):
             loss = sum((F.cross_entropy(*logits(row), reduction="sum") / labels for row in rows), torch.zeros(()))
+            for row in beside:
+                loss = loss + prompt_weight * F.cross_entropy(*logits(row), reduction="sum") / prompts
             for row, before in zip(unrelated, bare, strict=True):
                 drift = F.kl_div(
                     logits(row)[0].log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True
@@ -133,33 +136,24 @@ def measure(recipe: Recipe, steps: int, peak: float | None) -> dict[str, Any]:
     run = start(recipe, folder, "bench")
     caught: list[Tensor] = []
     run.engine.step = lambda rates: caught.append(gradients(run)) or 0.0  # type: ignore[func-returns-value]
-    run._drawn = run._draw()  # here, so that both loops get the same
+    drawing = run.drawing.steps(0)
     seconds: dict[str, list[float]] = {"loop": [], "straightforward": []}
     differences, operations = [], 0.0
     for number in range(steps + 1):  # the first warms up
-        drawn = [run.mix.draw(0) for _ in range(recipe.documents)]
-        unrelated = run._unrelated_rows()
-        taken = iter(drawn)
-        run.mix.draw = lambda _, taken=taken: next(taken)  # type: ignore[method-assign, misc]
-        run._unrelated_rows = lambda rows=unrelated: rows  # type: ignore[method-assign, misc]
-        states = [rng.getstate() for _, rng in drawn]
+        drawn = next(drawing)  # here, so that both loops get the same
+        run.steps = (step for step in [drawn])
         begin = run.base.now()
         run.train_step()
         middle = run.base.now()
-        for (_, rng), state in zip(drawn, states, strict=True):
-            rng.setstate(state)
-        rows = [run.student.rows(index, item, rng) for index, (item, rng) in enumerate(drawn)]
-        mine = [[row for row in unrelated if row.document == index] for index in range(len(drawn))]
-        again = run.base.now()
-        straightforward(run, [(item, *parts) for (item, _), *parts in zip(drawn, rows, mine, strict=True)])
+        straightforward(run, drawn.micro[0])
         end = run.base.now()
         plain = gradients(run)
-        del run.mix.draw, run._unrelated_rows
         if number:
             seconds["loop"].append(middle - begin)
-            seconds["straightforward"].append(end - again)
+            seconds["straightforward"].append(end - middle)
             differences.append(float((caught[-1] - plain).norm() / plain.norm()))
     if peak:
+        run.steps = None
         with flop_counter() as counter:
             run.train_step()
         operations = counter.get_total_flops() / statistics.median(seconds["loop"]) / 1e12
