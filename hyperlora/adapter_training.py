@@ -50,6 +50,7 @@ class Adapter(nn.Module):
         for modules, rank in ((generator.sites, config.rank), alike):
             fresh |= fresh_adapter(base, rank, modules, recipe.seed)
         self.paths = list(fresh)
+        self.ranks = {path: a.shape[1] for path, (a, _) in fresh.items()}  # by module
         self.a = nn.ParameterList(a.detach() for a, _ in fresh.values())
         self.b = nn.ParameterList(b.detach() for _, b in fresh.values())
 
@@ -103,9 +104,8 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
     until = min(until or recipe.steps, recipe.steps)
     adapter, mix = Adapter(base, recipe), Mix(list(recipe.mix), recipe.seed, base.tokenizer)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=recipe.weight_decay)
-    settings = recipe.model_dump(mode="json", include={"base", "seed", "documents", "mix", "generator"}) | {
-        "rate": rate
-    }
+    settings = recipe.model_dump(mode="json", include={"base", "seed", "documents", "mix"})
+    settings |= {"rate": rate, "ranks": adapter.ranks}
     step = 0
     if (found := checkpoint.find(folder)) is not None:
         loaded = checkpoint.load(found)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers  # as a whole: it loads its classes when they are first used
 
-from hyperlora.errors import HyperloraError, OutOfMemory, nearest, out_of_memory
+from hyperlora.errors import HyperloraError, InputError, OutOfMemory, nearest, out_of_memory
 from hyperlora.files import file_sha256
 from hyperlora.prompt import PromptFormat, prompt_format
 from hyperlora.structure import text_config
@@ -234,6 +234,7 @@ def load_base(
     Raises:
         BaseNotFound: the model is missing or unreadable; the message says what to install or to check.
         OutOfMemory: it does not fit the device.
+        InputError: there is no such device.
     """
     name = name or DEFAULT_BASE
     where = chosen_device(device)
@@ -245,20 +246,29 @@ def load_base(
     source = locate(name)
     try:
         model = _load(source, trust_remote_code, options)
-        if quantize is None:
-            model.to(where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         base = BaseModel(name, model, tokenizer, source)
     except HyperloraError:
         raise
     except Exception as error:  # the readers meet a damaged file with whatever they trip over first
         if out_of_memory(error):
-            raise OutOfMemory(
-                f"no memory for base model {name!r} in {str(dtype).removeprefix('torch.')} on {where}; choose a "
-                "smaller one, --dtype bfloat16 or another --device"
-            ) from error
+            raise _no_memory(name, dtype, where) from error
         raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{_advice(name, source)}") from error
+    if quantize is None:
+        try:
+            model.to(where)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            if out_of_memory(error):
+                raise _no_memory(name, dtype, where) from error
+            raise InputError(f"the device {where} cannot be used: {_line(error)}; choose another --device") from error
     return base
+
+
+def _no_memory(name: str, dtype: torch.dtype, where: torch.device) -> OutOfMemory:
+    return OutOfMemory(
+        f"no memory for base model {name!r} in {str(dtype).removeprefix('torch.')} on {where}; choose a smaller one, "
+        "--dtype bfloat16 or another --device"
+    )
 
 
 def locate(name: str) -> str:

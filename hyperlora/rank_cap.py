@@ -82,7 +82,9 @@ def _leading(outputs: Tensor, rank: int) -> Tensor:
     if d_out >= max(_MANY * rank, _FEW):
         return _iterated(outputs, rank).float()
     if inputs >= d_out:
-        return torch.linalg.eigh(outputs @ outputs.mT)[1].flip(-1)[..., :rank].float()
+        values, left = torch.linalg.eigh(outputs @ outputs.mT)
+        values, left = values.flip(-1)[..., None, :rank], left.flip(-1)[..., :rank]
+        return torch.where(values > _NOTHING * values[..., :1], left, 0.0).float()
     values, right = torch.linalg.eigh(outputs.mT @ outputs)
     values, right = values.flip(-1)[..., None, :rank], right.flip(-1)[..., :rank]
     kept = values > _NOTHING * values[..., :1]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
@@ -251,9 +252,18 @@ class Trainer:
             return False
         loaded = checkpoint.load(found)
         position = loaded.position
-        now, then = self.recipe.model_dump(mode="json"), position["recipe"]
-        changed = [key for key in now if now[key] != then.get(key) and key not in _FREE]
-        if math.prod(now[key] for key in _SPLIT) == math.prod(then.get(key, 1) for key in _SPLIT):
+        now = self.recipe.model_dump(mode="json")
+        then = position["recipe"]
+        if then.get("start_from"):  # which brings the settings of its generator
+            then = {key: value for key, value in then.items() if key != "generator"}
+        try:  # what an older version did not know has its default
+            then = Recipe.model_validate(then).model_dump(mode="json")
+        except ValidationError as error:
+            raise InputError(
+                f"{self.folder} holds a recipe that this version cannot read; choose another -o"
+            ) from error
+        changed = [key for key in now if now[key] != then[key] and key not in _FREE]
+        if math.prod(now[key] for key in _SPLIT) == math.prod(then[key] for key in _SPLIT):
             changed = [key for key in changed if key not in _SPLIT]
         if changed:
             raise InputError(
@@ -297,12 +307,13 @@ def _explained(recipe: Recipe) -> Iterator[None]:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        checkpointing = "" if recipe.checkpointing else " or set checkpointing: true"
-        split = "lower documents and raise micro_batches to the same product" if recipe.documents > 1 else ""
-        less = " or".join(filter(None, (split, checkpointing))).strip() or "start anew with shorter documents"
+        ways = ["lower documents and raise micro_batches to the same product"] if recipe.documents > 1 else []
+        ways += [] if recipe.checkpointing else ["set checkpointing: true"]
+        less = f"{' or '.join(ways)}, and go on from the last checkpoint, which is intact"
+        if not ways:
+            less = "start anew with shorter documents or fewer questions"
         raise OutOfMemory(
-            f"out of memory at documents: {recipe.documents}; {less}, and go on from the last checkpoint, which is "
-            "intact; `hyperlora plan` shows what fits"
+            f"out of memory at documents: {recipe.documents}; {less}; `hyperlora plan` shows what fits"
         ) from error
 
 

@@ -8,7 +8,7 @@ import transformers
 
 from hyperlora import base_model
 from hyperlora.base_model import BaseNotFound, chosen_device, default_device, fingerprint, load_base
-from hyperlora.errors import OutOfMemory
+from hyperlora.errors import InputError, OutOfMemory
 
 from .conftest import TEXT, Run, make_base, one_line
 
@@ -116,6 +116,12 @@ def test_a_base_that_does_not_fit_is_not_called_damaged(
     monkeypatch.setattr(base_model, "_load", lambda *_: torch.empty(2**45))
     with pytest.raises(OutOfMemory, match="in bfloat16 on cpu; choose a smaller one"):
         load_base(tiny_dirs[0], device="cpu", dtype=torch.bfloat16)
+
+
+def test_a_device_that_is_not_there_is_not_the_bases_fault(tiny_dirs: tuple[str, str]) -> None:
+    if not torch.backends.mps.is_available():
+        with pytest.raises(InputError, match="the device mps cannot be used"):
+            load_base(tiny_dirs[0], device="mps")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -73,11 +73,12 @@ def test_a_rank_beyond_the_outputs_keeps_everything() -> None:
         torch.testing.assert_close(small_b @ small_a, b @ a, rtol=1e-4, atol=1e-4)
 
 
-def test_where_there_is_less_than_the_rank_the_gradient_does_not_depend_on_rounding() -> None:
+@pytest.mark.parametrize(("d_out", "d_in"), [(128, 200), (64, 200), (64, 50)])  # by iteration and by decomposition
+def test_where_there_is_less_than_the_rank_the_gradient_does_not_depend_on_rounding(d_out: int, d_in: int) -> None:
     """Twenty directions in forty rows, of which thirty may stay: the other ten are nothing and stay zero."""
     torch.manual_seed(0)
-    a, mixing, few = torch.randn(1, 40, 200), torch.randn(20, 40), torch.randn(1, 128, 20)
-    weight = torch.randn(1, 128, 200)
+    a, mixing, few = torch.randn(1, 40, d_in), torch.randn(20, 40), torch.randn(1, d_out, 20)
+    weight = torch.randn(1, d_out, d_in)
 
     def gradient(noise: float) -> torch.Tensor:
         b = (few @ (mixing + noise * torch.randn(20, 40))).requires_grad_()

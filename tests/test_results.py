@@ -17,6 +17,7 @@ F1S: dict[str, tuple[list[float], list[float]]] = {
     "patch": ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]),
     "parrot": ([1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]),
     "distilled": ([0.0, 1.0], [0.0, 0.0]),
+    "distilled, slow": ([1.0, 1.0], [0.0, 0.0]),
     "adapted full": ([1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]),
 }
 
@@ -40,9 +41,6 @@ def found(base: BaseModel, tmp_path: Any) -> dict[str, Any]:
             "adapted": "adapted full",
         }
     )
-    del experiment.methods[
-        "distilled, slow"
-    ]  # the first row of a method is the rival; a second one has no records here
     items = [
         Item(
             str(n), "Text.", (Question("What?", "yes", ("yes",)),), tags={"length": 100 if n < 2 else 200, "kind": "a"}
@@ -98,7 +96,7 @@ def test_differences_are_paired_and_name_their_rivals(found: dict[str, Any]) -> 
     }
     assert means["patch", "distilled"] == (0.5, 2) and means["distilled", "full"] == (-0.5, 2)
     assert means["patch", "adapted full"] == (-0.5, 4) and means["patch", "swapped"] == (0.5, 4)
-    assert ("patch", "parrot") not in means
+    assert ("patch", "parrot") not in means and ("patch", "distilled, slow") not in means  # the first row of a method
 
 
 def test_forgetting_is_a_rise_in_loss_and_a_fall_in_scores(found: dict[str, Any]) -> None:

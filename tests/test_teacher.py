@@ -124,7 +124,7 @@ def test_the_command_makes_what_a_recipe_reads(
 
 
 def test_ranks_share_the_work(items: list[Item], tmp_path: Path, tiny_dirs: tuple[str, str]) -> None:
-    """Two processes of torchrun make the files of one process."""
+    """Two processes of torchrun make all files, and the replies that one process makes."""
     rows = [
         {"id": f"{item.id}-{n}", "context": f"{item.text} {n}", "qas": [{"question": "Who?", "answers": ["Maro"]}]}
         for item in items

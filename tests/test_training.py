@@ -138,6 +138,20 @@ def test_what_errors_advise_can_be_done(recipe: Recipe, tmp_path: Path) -> None:
     assert slower.resume() and slower.rates[0] == recipe.learning_rate / 9
 
 
+def test_a_run_of_a_version_that_knew_less_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.unrelated.in_prompt, recipe.beside = 0.0, None  # type: ignore[union-attr]
+    trainer(recipe, tmp_path / "run").save()
+    path = tmp_path / "run" / "checkpoint" / "position.json"
+    position = json.loads(path.read_text())
+    del position["recipe"]["unrelated"]["in_prompt"], position["recipe"]["beside"]
+    path.write_text(json.dumps(position))
+    assert trainer(recipe, tmp_path / "run").resume()
+    position["recipe"]["unrelated"]["elsewhere"] = 1
+    path.write_text(json.dumps(position))
+    with pytest.raises(InputError, match="this version cannot read"):
+        trainer(recipe, tmp_path / "run").resume()
+
+
 def test_the_first_scores_are_written_once(recipe: Recipe, tmp_path: Path) -> None:
     """A run killed after them, and before its first step is saved, takes them again."""
     run = trainer(recipe, tmp_path / "run")
@@ -229,7 +243,8 @@ def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> 
     run = trainer(recipe, tmp_path / "run")
     step = run.train_step
     run.train_step = lambda: step() if run.step < 3 else torch.empty(2**45)  # type: ignore[method-assign, return-value]
-    with pytest.raises(OutOfMemory, match=r"at documents: 3; lower documents .* or set checkpointing: true, and go on"):
+    advice = "lower documents and raise micro_batches to the same product or set checkpointing: true, and go on from"
+    with pytest.raises(OutOfMemory, match=f"at documents: 3; {advice} the last checkpoint"):
         run.run()
     again = trainer(recipe, tmp_path / "run")
     assert again.resume() and again.step == 3
@@ -238,6 +253,10 @@ def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> 
     with pytest.raises(OutOfMemory) as found:
         scored.run()
     assert "checkpointing" not in str(found.value)
+    alone = trainer(recipe.model_copy(update={"checkpointing": True, "documents": 1}), tmp_path / "alone")
+    alone._evaluate = scored._evaluate  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory, match="at documents: 1; start anew with shorter documents or fewer questions;"):
+        alone.run()
 
 
 def test_a_run_goes_on_with_its_own_base_only(recipe: Recipe, tmp_path: Path) -> None:

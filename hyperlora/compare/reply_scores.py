@@ -19,6 +19,7 @@ from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 
+_FORMAT = 2  # raised when the meaning of a reader's scores changes
 _DOCUMENTS = 8  # scored together, with the replies of all methods to what is asked of them
 
 # From documents, and sets of replies to each one's questions, to a score for every reply.
@@ -48,7 +49,7 @@ def add_reply_scores(
     if "bert_score" in experiment.metrics:
         makers["bert_score"] = (None, _bert)
     for label, name in experiment.readers.items():
-        makers[f"reply_nll_{label}"] = (_weights(name), lambda name=name: _reader(base, name))  # type: ignore[misc]
+        makers[f"reply_nll_{label}"] = ([_FORMAT, _weights(name)], lambda name=name: _reader(base, name))  # type: ignore[misc]
     for metric, (identity, make) in makers.items():
         # By document, whose text is then read once: replies under every method and condition, by their scores' key.
         missing: dict[tuple[str, str], tuple[Item, dict[str, list[str]]]] = {}
@@ -123,13 +124,18 @@ def _reader(base: BaseModel, name: str | None) -> Scorer:
     runtime = Runtime(reader)
 
     def score(items: Sequence[Item], replies: Sequence[Sets]) -> list[list[list[float]]]:
-        memories = runtime.prefill([Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items])
-        prompts = [
-            _unended(runtime.question(index, question.text, reply))
-            for index, (item, sets) in enumerate(zip(items, replies, strict=True))
-            for group in sets
-            for question, reply in zip(item.questions, group, strict=True)
-        ]
-        return _like(replies, [-float(scores.mean()) for scores in runtime.log_likelihood(memories, prompts)])
+        memories = [Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items]
+        scored: dict[int, list[list[float]]] = {}
+        for numbers in runtime.groups(memories):
+            held = runtime.prefill([memories[number] for number in numbers])
+            prompts = [
+                _unended(runtime.question(place, question.text, reply))
+                for place, number in enumerate(numbers)
+                for group in replies[number]
+                for question, reply in zip(items[number].questions, group, strict=True)
+            ]
+            losses = [-float(scores.mean()) for scores in runtime.log_likelihood(held, prompts)]
+            scored |= dict(zip(numbers, _like([replies[number] for number in numbers], losses), strict=True))
+        return [scored[number] for number in range(len(items))]
 
     return score

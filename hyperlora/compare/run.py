@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
 from hyperlora.compare.cache import Cache, digest
-from hyperlora.compare.costs import measure_costs
+from hyperlora.compare.costs import COSTS_FORMAT, measure_costs
 from hyperlora.compare.curves import training_curves
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.replies import replies
@@ -192,7 +192,7 @@ class Comparison:
         about = [vars(self.base.fingerprint), str(self.base.model.dtype), self.base.device.type]
         own = [*identity(self.experiment.methods[label], method), budgets, setting.model_dump()]
         read = [[item.text, [question.text for question in item.questions[:1]]] for item in items]
-        key = digest("costs", about, own, read)
+        key = digest("costs", COSTS_FORMAT, about, own, read)
         if key not in self.cache:
             self.cache.add({key: measure_costs(method, budgets, items, setting.tokens, self.runtime)})
         return self.cache[key]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora.base_model import BaseModel
-from hyperlora.data.items import Item
+from hyperlora.data.items import Item, is_text
 from hyperlora.data.mix import window
 from hyperlora.data.sources import load, load_texts
 from hyperlora.errors import InputError, nearest
@@ -126,7 +126,7 @@ def evaluate_second_copy(
     """
     base, sink = generator.base, generator.encoder.sink
     items = sorted(load(source), key=lambda item: zlib.crc32(item.id.encode()))
-    texts = [generator.encoder.tokenize(item.text) for item in items if len(item.text.split()) > 1]
+    texts = [generator.encoder.tokenize(item.text) for item in items if is_text(item.text)]
     texts = [ids for ids in texts if len(ids) <= max_tokens][:count]
     if len(texts) < 2:
         raise InputError(f"{source} has {len(texts)} document(s) of at most {max_tokens} tokens; two are needed")
