@@ -31,6 +31,15 @@ def test_regression_equals_least_squares_with_a_penalty() -> None:
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
+def test_a_ridge_that_drowns_in_single_precision_counts_all_the_same() -> None:
+    """One direction ten thousand times the others, and fewer tokens than channels."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 64), torch.randn(30, 5)
+    x[:, 0] *= 1e4
+    a, b = regress(x, y, 5, 1e-9)
+    torch.testing.assert_close(x @ (b @ a).mT, y, rtol=1e-2, atol=1e-2)
+
+
 def test_a_rank_beyond_the_outputs_is_filled_up() -> None:
     a, b = regress(torch.randn(20, 7), torch.randn(20, 3), 5, 0.1)
     assert a.shape == (5, 7) and b.shape == (3, 5)

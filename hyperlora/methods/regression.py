@@ -113,15 +113,23 @@ def regress(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tens
 
     x (tokens, d_in), y (tokens, d_out).
     """
-    moment = x.mT @ x
-    strong = moment.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny)
-    damped = moment + ridge * strong * torch.eye(len(moment), device=x.device)
-    weight = torch.cholesky_solve(x.mT @ y, torch.linalg.cholesky(damped))  # (d_in, d_out)
+    moment, weight = _solve(x, y, ridge)
     directions = torch.linalg.eigh(weight.mT @ moment @ weight).eigenvectors[:, -rank:]
     a = (weight @ directions).mT
     size = a.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
     lack = rank - len(a)  # a rank beyond d_out adds nothing
     return pad(a / size[:, None], (0, 0, 0, lack)), pad(directions * size, (0, lack))
+
+
+def _solve(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """x^T x and W^T (d_in, d_out) of `regress`; in double precision where a small ridge drowns in single."""
+    moment = x.mT @ x
+    strong = moment.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny)
+    damped = moment + ridge * strong * torch.eye(len(moment), dtype=x.dtype, device=x.device)
+    factor, failed = torch.linalg.cholesky_ex(damped, check_errors=x.dtype == torch.float64)
+    if bool(failed):
+        return moment, _solve(x.double(), y.double(), ridge)[1].to(x.dtype)
+    return moment, torch.cholesky_solve(x.mT @ y, factor)
 
 
 def _rows(base: BaseModel, prefix: list[int], rows: Sequence[Sequence[Lesson]]) -> tuple[dict[str, Tensor], Tensor]:
