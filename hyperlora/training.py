@@ -10,7 +10,6 @@ from collections import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,8 @@ class Trainer:
             self.steps = ahead(draw) if self.base.device.type == "cuda" else draw()
         micro, self.drawing.position = next(self.steps)
         # Divided by the labels of all micro-batches, so that the split changes nothing.
-        labels, prompts, others = (
-            sum(row.labels for part in micro for row in rows(part))
-            for rows in (attrgetter("rows"), attrgetter("beside"), attrgetter("unrelated"))
-        )
+        _, *kinds = zip(*micro, strict=True)
+        labels, prompts, others = (sum(row.labels for rows in kind for row in rows) for kind in kinds)
         totals = {"loss": 0.0, "unrelated": 0.0} | ({"hidden": 0.0} if self.student.matched else {})
         totals |= {"beside": 0.0} if self.recipe.beside else {}
         mine = micro[ranks.own() :: ranks.count()]

@@ -59,6 +59,7 @@ def test_company_and_order_change_no_patch(family: Generator, documents: list[st
     permuted = family.generate(documents[::-1])[::-1]
     for document, other in zip(documents, permuted, strict=True):
         same(family.generate(document), other)
+    assert (delta(permuted[0]) - delta(permuted[1])).norm() > 0.1 * delta(permuted[0]).norm()
 
 
 @pytest.mark.parametrize("name", sorted(HYPERNETS))

@@ -112,8 +112,7 @@ def _scores(rows: Sequence[Row], results: dict[str, Any], task: str) -> Table:
     cells = {(r["method"], r["metric"], r["condition"]): r for r in rows}
     methods = ordered((row["method"] for row in rows), results["methods"])
     columns = [f"{metric_label(metric)}, {condition}" for metric in metrics for condition in ("own", "swapped")]
-    documents = {method: _documents(rows, method) for method in methods}
-    table = [[method, *[MISSING] * len(columns), documents[method]] for method in methods]
+    table = [[method, *[MISSING] * len(columns), _documents(rows, method)] for method in methods]
     most = max((row["documents"] for row in rows if row["condition"] == "own"), default=0)
     best = set()
     for place, metric in enumerate(metrics):
