@@ -21,13 +21,16 @@ Curve = list[dict[str, float]]
 
 def read(run: Path) -> Curve:
     """The evaluations of a run: step, seconds of training up to it, exact match with the patch and the swapped one."""
-    seconds, curve = 0.0, []
+    seconds, curve, names = 0.0, [], set()
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         seconds += record.get("seconds", 0.0)
         if "evaluation" in record:
+            names.add(record["evaluation"])
             scores = {key: record[f"{key}_exact_match"] for key in ("patch", "swapped")}
             curve.append({"step": record["step"], "seconds": seconds, **scores})
+    if len(names) > 1:
+        raise InputError(f"{run} evaluates {', '.join(sorted(names))}; a curve is of one of them")
     if not curve:
         raise InputError(f"{run} has no evaluations; its recipe needs the key 'evaluation'")
     return curve

@@ -74,12 +74,13 @@ class Drawing:
             yield Step(micro, self.position)
 
     def _beside(self, drawn: Sequence[Item], start: int, rngs: Sequence[random.Random]) -> list[Row]:
-        """For a share of the documents from number `start` of the step on, what is asked of the next one."""
+        """For a share of the documents from number `start` of the step on, one question about the next one."""
         rows: list[Row] = []
-        if self.recipe.beside is not None and len(drawn) > 1:
+        if self.recipe.beside is not None:
             for index, rng in enumerate(rngs):
-                if rng.random() < self.recipe.beside.share:
-                    rows += self.student.beside(index, drawn[(start + index + 1) % len(drawn)])
+                other = drawn[(start + index + 1) % len(drawn)]
+                if rng.random() < self.recipe.beside.share and other.questions:
+                    rows.append(self.student.beside(index, other, rng.choice(other.questions)))
         return rows
 
     def _unrelated(self) -> list[Row]:

@@ -18,6 +18,7 @@ from hyperlora.prompt import document_ids, encode
 from hyperlora.structure import Site, decoder_layers, hidden_of, text_config
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+_OVERLAP = 64  # tokens, a sentence or two
 Timed = Callable[[], AbstractContextManager[None]]
 
 
@@ -49,6 +50,7 @@ class Encoder:
         self.base = base
         self.sites = sites
         self.chunk_tokens = min(chunk_tokens, text_config(base.model).max_position_embeddings // 2)
+        self.overlap = min(_OVERLAP, self.chunk_tokens // 4)
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(base.device.type, BATCH_TOKENS["cpu"])
         self._inner, self._blocks = base.model.base_model, decoder_layers(base.model)[1]
         self._last = max(site.layer for site in sites)
@@ -64,10 +66,14 @@ class Encoder:
         return ids
 
     def chunks(self, ids: list[int]) -> list[list[int]]:
-        """Split a document into equal chunks of at most `chunk_tokens`."""
-        count = -(-len(ids) // self.chunk_tokens)
-        bounds = [len(ids) * i // count for i in range(count + 1)]
-        return [ids[a:b] for a, b in pairwise(bounds)]
+        """Split a document into equal chunks of at most `chunk_tokens`, each of which begins with the last `overlap`
+        tokens of the one before: what stands at a bound, such as a name and what is said of it, is whole in one."""
+        if len(ids) <= self.chunk_tokens:
+            return [ids]
+        distinct = len(ids) - self.overlap
+        count = -(-distinct // (self.chunk_tokens - self.overlap))
+        starts = [distinct * i // count for i in range(count + 1)]
+        return [ids[a : b + self.overlap] for a, b in pairwise(starts)]
 
     def batches(self, chunks: list[list[int]]) -> Iterator[list[list[int]]]:
         """Consecutive chunks whose padded size stays within `batch_tokens` (at least one chunk each)."""

@@ -28,7 +28,7 @@ class GeneratorConfig(BaseModel):
     hypernet: str = "associative"
     options: dict[str, Any] = {}
     rank: int = Field(default=64, gt=0)
-    max_rank: int | None = Field(default=None, gt=0)
+    max_rank: int | None = Field(default=256, gt=0)
     rank_tokens: int = Field(default=512, gt=0)
     layers: list[int] | None = Field(default=None, min_length=1)
     layer_count: int = Field(default=6, gt=0)

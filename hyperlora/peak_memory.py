@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# Of glibc, and of tcmalloc where it is preloaded (docs/training.md).
+_RELEASE = {"malloc_trim": (0,), "MallocExtension_ReleaseFreeMemory": ()}
+
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
@@ -26,8 +29,10 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
     gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed before must not make room for what is measured
+    loaded = ctypes.CDLL(None)
+    for release, arguments in _RELEASE.items():
+        if hasattr(loaded, release):  # what was freed before must not make room for what is measured
+            getattr(loaded, release)(*arguments)
     try:
         reset.write_text("5")  # forget the peak so far, that before the trimming too
     except OSError:

@@ -182,10 +182,10 @@ def _micro_batch(generator: Generator, recipe: Recipe, documents: int, load: Loa
         logits = _logits(base, rows, load.row, load.labels)
         F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
     del logits
-    if recipe.beside and documents * recipe.micro_batches > 1:
+    if recipe.beside:
         count, tokens = math.ceil(documents * recipe.beside.share), load.document + load.row
         with inject(base.model, {path: (a[:count], b[:count]) for path, (a, b) in leaves.items()}):
-            logits = _logits(base, count * load.questions, tokens, load.labels)
+            logits = _logits(base, count, tokens, load.labels)
             F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
         del logits
     if recipe.unrelated:

@@ -91,7 +91,7 @@ class Unrelated(_Strict):
 
 
 class Beside(_Strict):
-    """What a prompt says has the last word: for a `share` of the documents, with their patch on, questions about the
+    """What a prompt says has the last word: for a `share` of the documents, with their patch on, a question about the
     next one of the step, which stands in the prompt."""
 
     weight: float = Field(1.0, ge=0)
@@ -172,6 +172,12 @@ class Recipe(_Strict):
         for step in sorted(end for end in ends if end < self.steps):
             if not any(task.drawn_in(step) for task in self.mix):
                 raise ValueError(f"no task of the mix is drawn in step {step}; change from_step or to_step")
+        return self
+
+    @model_validator(mode="after")
+    def _something_beside(self) -> "Recipe":
+        if self.beside and self.documents * self.micro_batches < 2:
+            raise ValueError("beside asks about the next document of a step; take two or more documents to a step")
         return self
 
     @model_validator(mode="after")

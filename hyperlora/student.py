@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperlora.base_model import BaseModel
-from hyperlora.data.items import Item
+from hyperlora.data.items import Item, Question
 from hyperlora.data.teacher import TeacherCorpus
 from hyperlora.errors import InputError
 from hyperlora.inject import Factors, inject
@@ -72,13 +72,11 @@ class Student:
         before = encode(self.base.tokenizer, self.base.prompt.prefix) if in_prompt else self.sink
         return Row(index, before + document_ids(self.base.tokenizer, text), len(before) + 1)
 
-    def beside(self, index: int, other: Item) -> list[Row]:
-        """Rows of document number `index` that ask about another document, which is in the prompt."""
-        prompt, tokenizer, rows = self.base.prompt, self.base.tokenizer, []
-        for question in other.questions:
-            asked = prompt.prompt_ids(tokenizer, question.text, other.text)
-            rows.append(Row(index, asked + prompt.answer_ids(tokenizer, question.reply), len(asked)))
-        return rows
+    def beside(self, index: int, other: Item, question: Question) -> Row:
+        """A row of document number `index` that asks about another document, which is in the prompt."""
+        prompt, tokenizer = self.base.prompt, self.base.tokenizer
+        asked = prompt.prompt_ids(tokenizer, question.text, other.text)
+        return Row(index, asked + prompt.answer_ids(tokenizer, question.reply), len(asked))
 
     def _questions(self, index: int, item: Item) -> list[Row]:
         prompt_ids, tokenizer = self.base.prompt.prompt_ids, self.base.tokenizer

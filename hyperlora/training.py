@@ -192,9 +192,10 @@ class Trainer:
                 self.save()
 
     def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        conditions = ("patch", "swapped", *(("beside",) if self.recipe.beside else ()))
         for name, items in self.evaluation.items():
             with stored(self.student.blocks):
-                scores = score_controls(self.generator, items)
+                scores = score_controls(self.generator, items, conditions)
             self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
             if ranks.own() == 0:
                 tqdm.write(

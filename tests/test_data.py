@@ -159,6 +159,7 @@ def test_facts_stand_between_the_sentences_of_a_haystack(tmp_path: Path) -> None
     for item in items:
         before, value, after = item.text.partition(item.questions[0].accepted[1])
         assert value and len(before.split() + after.split()) > 10
+        assert "  " not in item.text  # nothing but what it says tells a fact from the rest
     assert len({item.text.index(item.questions[0].accepted[1]) // 20 for item in items}) > 2
     assert [item.text for item in mix.documents()] == [load(str(path))[0].text]
 

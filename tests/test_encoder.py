@@ -1,4 +1,4 @@
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -126,13 +126,24 @@ def test_early_exit_skips_the_rest_and_leaves_no_hook(base: BaseModel, documents
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
 
 
-def test_chunks_cover_the_document_and_batches_stay_small(base: BaseModel) -> None:
-    encoder = Encoder(base, find_sites(base.model, [1]), chunk_tokens=7, batch_tokens=20)
-    ids = list(range(30))
+@pytest.mark.parametrize(("longest", "tokens"), [(7, 30), (16, 17), (16, 28), (300, 1000), (300, 537)])
+def test_chunks_cover_the_document_and_batches_stay_small(base: BaseModel, longest: int, tokens: int) -> None:
+    encoder = Encoder(base, find_sites(base.model, [1]), chunk_tokens=longest, batch_tokens=3 * longest)
+    ids = list(range(tokens))
     chunks = encoder.chunks(ids)
-    assert list(chain(*chunks)) == ids and max(map(len, chunks)) <= 7
+    sizes = [len(chunk) for chunk in chunks]
+    assert max(sizes) <= longest and max(sizes) - min(sizes) <= 1
+    repeated = encoder.overlap
+    assert 0 < repeated <= min(64, longest // 4)
+    assert (len(chunks) - 1) * (longest - repeated) + repeated < tokens  # no fewer would do
+    assert list(chain(chunks[0], *(chunk[repeated:] for chunk in chunks[1:]))) == ids
+    assert all(before[-repeated:] == behind[:repeated] for before, behind in pairwise(chunks))
     batches = list(encoder.batches(chunks))
-    assert list(chain(*chain(*batches))) == ids and all(len(b) * max(map(len, b)) <= 20 for b in batches)
+    assert list(chain(*batches)) == chunks and all(len(b) * max(map(len, b)) <= 3 * longest for b in batches)
+
+
+def test_a_document_of_one_chunk_is_whole(base: BaseModel) -> None:
+    assert Encoder(base, find_sites(base.model, [1]), chunk_tokens=30).chunks(list(range(30))) == [list(range(30))]
 
 
 @pytest.mark.parametrize("text", ["", "a"])

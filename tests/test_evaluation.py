@@ -10,7 +10,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.bootstrap import interval
-from hyperlora.evaluation.controls import answer
+from hyperlora.evaluation.controls import CONDITIONS, answer
 from hyperlora.evaluation.items import fact_items
 from hyperlora.evaluation.metrics import contains, exact_match, f1
 from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, evaluate_second_copy, table
@@ -41,15 +41,17 @@ def test_answers_use_the_right_patch(base: BaseModel, monkeypatch: pytest.Monkey
     monkeypatch.setattr("hyperlora.evaluation.controls._BATCH_TOKENS", batch_tokens)
     generator = make_generator(base)
     items = fact_items(2, 5)
-    replies = answer(generator, items, ("patch", "swapped", "none", "full"), max_new_tokens=6, documents=3)
+    replies = answer(generator, items, tuple(CONDITIONS), max_new_tokens=6, documents=3)
     assert all(len(r) == 10 for r in replies.values())
     # Batches of three and two documents: the swapped patch of the fifth document is that of the fourth.
     patches = generator.generate([item.text for item in items])
     prompt = base.prompt.prompt_ids(base.tokenizer, items[4].questions[1].text)
-    for name, index in (("patch", 4), ("swapped", 3)):
+    told = base.prompt.prompt_ids(base.tokenizer, items[4].questions[1].text, items[4].text)
+    for name, asked, index in (("patch", prompt, 4), ("swapped", prompt, 3), ("beside", told, 3)):
         with patched(base.model, patches[index]):
-            assert replies[name][-1] == greedy(base, [prompt], 6)[0]
-    assert replies["none"][-1] == greedy(base, [prompt], 6)[0]
+            assert replies[name][-1] == greedy(base, [asked], 6)[0]
+    for name, asked in (("none", prompt), ("full", told)):
+        assert replies[name][-1] == greedy(base, [asked], 6)[0]
 
 
 def test_replies_are_greedy_whatever_the_base_brings(base: BaseModel) -> None:
@@ -66,6 +68,9 @@ def test_report_has_intervals_and_controls(generator: Generator, tmp_path: objec
     assert result["documents"] == 3 and result["questions"] == 6 and result["generator"]["rank"] == 6
     assert set(result["scores"]) == {"patch", "swapped", "patch - swapped"}
     assert "| patch - swapped | " in table(result)
+    result = evaluate_answers(generator, "some facts", fact_items(2, 3), ["beside", "full"])["scores"]
+    assert set(result) == {"beside", "full", "beside - full"}
+    assert result["beside - full"]["f1"][0] == pytest.approx(result["beside"]["f1"][0] - result["full"]["f1"][0])
     with pytest.raises(InputError, match="did you mean 'swapped'"):
         evaluate_answers(generator, "some facts", fact_items(2, 3), ["swaped"])
 
@@ -97,6 +102,8 @@ def test_forgetting_measures_the_rise_in_loss(base: BaseModel, tmp_path: object)
     result = evaluate_forgetting(strong, path, 4, tokens=24)["scores"]
     rise = result["patch - bare"]["loss"][0]
     assert rise == pytest.approx(result["patch"]["loss"][0] - result["bare"]["loss"][0])
+    told = evaluate_forgetting(strong, path, 4, in_prompt=True, tokens=24)
+    assert told["task"].endswith(", in a prompt") and told["scores"]["bare"] != result["bare"]
     for value in [*strong.hypernet.copy, *strong.hypernet.point]:
         value.scale.data.zero_()
         value.learned.weight.data.zero_()

@@ -57,6 +57,14 @@ def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 3 and "not named FAMILY-SEED" in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_runs_with_several_evaluations_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "perceiver-0", [0.0, 0.5])
+    path = tmp_path / "perceiver-0" / "metrics.jsonl"
+    path.write_text(path.read_text() + path.read_text().replace("facts-1", "facts-8"))
+    done = curves(tmp_path)
+    assert done.returncode == 3 and "evaluates facts-1, facts-8" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_the_families_have_as_many_parameters(tmp_path: Path) -> None:
     """On a base of the default one's shape, within 8 % of the associative generator; all else in the recipes is the
     same."""

@@ -97,7 +97,7 @@ def test_prompts_beside_a_patch_ask_about_themselves(recipe: Recipe, tmp_path: P
     tokenizer, (micro, *_) = run.base.tokenizer, next(run.drawing.steps(0))
     items = [item for part in micro for item in part.items]
     rows = [(2 * number + row.document, row) for number, part in enumerate(micro) for row in part.beside]
-    assert sorted({owner for owner, _ in rows}) == [0, 1, 2, 3]
+    assert [owner for owner, _ in rows] == [0, 1, 2, 3]
     for owner, row in rows:
         other = items[(owner + 1) % 4]
         asked = tokenizer.decode(row.ids[: row.start])
@@ -307,6 +307,7 @@ def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Pat
         ("generator: {layers: []}", "generator.layers"),
         ("mix: []", "mix"),
         ("start_from: a/b\ngenerator: {rank: 8}", "leave out the key 'generator'"),
+        ("documents: 1\nbeside: {}", "two or more documents to a step"),
         ("[1, 2]", "not a recipe"),
         ("steps: [", "not valid YAML"),
     ],

@@ -19,12 +19,15 @@ def evaluate(
         str | None, typer.Option(help="One invented fact in a piece of a book; its tokens, e.g. 200,500,1000,2000.")
     ] = None,
     forgetting: Annotated[str | None, typer.Option(help="Text source on which the loss with a patch is taken.")] = None,
+    in_prompt: Annotated[
+        bool, typer.Option(help="With --forgetting: the text stands where a prompt has its document.")
+    ] = False,
     second_copy: Annotated[
         str | None, typer.Option(help="Source whose documents are read with their own patch.")
     ] = None,
     items: Annotated[int | None, typer.Option(min=2, help="Documents; default 500, or all of a source.")] = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest document of --qa and --second-copy.")] = 200,
-    conditions: Annotated[str, typer.Option(help="Of none, full, patch, swapped.")] = "none,full,patch,swapped",
+    conditions: Annotated[str, typer.Option(help="Of none, full, patch, swapped, beside.")] = "none,full,patch,swapped",
     generator: options.GeneratorName = None,
     base: options.Base = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
@@ -45,7 +48,7 @@ def evaluate(
         raise InputError(f"no directory {output.parent} for the result; make it first")
     loaded = loading.load(generator, base, loading.base_options(device, dtype, None, False))
     if forgetting is not None:
-        result = evaluate_forgetting(loaded, forgetting, items or 32)
+        result = evaluate_forgetting(loaded, forgetting, items or 32, in_prompt)
     elif second_copy is not None:
         result = evaluate_second_copy(loaded, second_copy, max_tokens, items)
     else:

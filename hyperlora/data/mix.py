@@ -41,7 +41,7 @@ class FactStream:
             around, _ = self.haystack.draw(number)
             piece, _ = window(self.tokenizer, around.text, rng, rng.randint(*self.task.tokens), 0)
             place = rng.choice([0, *(match.end() for match in _SENTENCE_END.finditer(piece)), len(piece)])
-            item = replace(item, text=f"{piece[:place]} {item.text} {piece[place:]}".strip())
+            item = replace(item, text=f"{piece[:place].rstrip()} {item.text} {piece[place:]}".strip())
         return _ask(item, rng, self.task.questions)
 
 

@@ -1,4 +1,5 @@
-"""A generator's answers beside their controls: another document's patch, no patch, the document in the prompt."""
+"""A generator's answers beside their controls: another document's patch, no patch, the document in the prompt, and
+that beside another document's patch."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ CONDITIONS: dict[str, tuple[bool, int | None]] = {
     "swapped": (False, 1),
     "none": (False, None),
     "full": (True, None),
+    "beside": (True, 1),
 }
 
 

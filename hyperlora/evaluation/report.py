@@ -22,6 +22,7 @@ from hyperlora.generator import Generator
 from hyperlora.groups import partnered
 from hyperlora.inject import inject
 from hyperlora.objectives import Batch, Row, collate, label_logits
+from hyperlora.prompt import encode
 
 _BATCH = 16
 
@@ -29,8 +30,9 @@ _BATCH = 16
 def evaluate_answers(
     generator: Generator, name: str, items: Sequence[Item], conditions: Sequence[str]
 ) -> dict[str, Any]:
-    """Scores per condition, and patch minus swapped patch, each as [mean, low, high] over documents, also `by` the
-    documents' tags and their values. `name` is the set's."""
+    """Scores per condition, patch minus swapped patch, and the document in the prompt beside another's patch minus the
+    document alone (forgetting), each as [mean, low, high] over documents, also `by` the documents' tags and their
+    values. `name` is the set's."""
     for condition in conditions:
         if condition not in CONDITIONS:
             raise InputError(f"unknown condition {condition!r}; {nearest(condition, CONDITIONS)}")
@@ -50,10 +52,11 @@ def evaluate_answers(
             values = [total / number for total, number in zip(sums, counts, strict=True)]
             per_document[condition, metric] = values
             scores.setdefault(condition, {})[metric] = interval(values)
-    if {"patch", "swapped"} <= set(conditions):
-        for metric in METRICS:
-            pairs = zip(per_document["patch", metric], per_document["swapped", metric], strict=True)
-            scores.setdefault("patch - swapped", {})[metric] = interval([a - b for a, b in pairs])
+    for one, other in (("patch", "swapped"), ("beside", "full")):
+        if {one, other} <= set(conditions):
+            for metric in METRICS:
+                pairs = zip(per_document[one, metric], per_document[other, metric], strict=True)
+                scores.setdefault(f"{one} - {other}", {})[metric] = interval([a - b for a, b in pairs])
     return {
         "task": name,
         "documents": len(items),
@@ -79,9 +82,15 @@ def _by_tag(items: Sequence[Item], scores: dict[str, list[float]]) -> dict[str, 
     return found
 
 
-def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: int = 256) -> dict[str, Any]:
+def evaluate_forgetting(
+    generator: Generator, source: str, count: int, in_prompt: bool = False, tokens: int = 256
+) -> dict[str, Any]:
     """Loss (nats per token) on unrelated text, bare and with the patches of other documents on: `count` windows of
-    `tokens` tokens of the source, the patch of each made from another window of 160 tokens of another document."""
+    `tokens` tokens of the source, the patch of each made from another window of 160 tokens of another document.
+
+    Args:
+        in_prompt: the text stands where a prompt has its document, instead of being a text of its own.
+    """
     base, rng, items = generator.base, random.Random("forgetting"), load_texts(source)
     if len(items) < 2:
         raise InputError(f"{source} has {len(items)} document(s); forgetting needs at least two")
@@ -91,9 +100,9 @@ def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: i
         group = picked[start : start + _BATCH]
         documents = [window(base.tokenizer, item.text, rng, 160, 0)[0] for item, _ in group]
         texts = [window(base.tokenizer, item.text, rng, tokens, 0)[0] for _, item in group]
-        sink = generator.encoder.sink
-        ids = [sink + generator.encoder.tokenize(text) for text in texts]
-        batch = collate([Row(i, row, len(sink) + 1) for i, row in enumerate(ids)], base.device)
+        before = encode(base.tokenizer, base.prompt.prefix) if in_prompt else generator.encoder.sink
+        ids = [before + generator.encoder.tokenize(text) for text in texts]
+        batch = collate([Row(i, row, len(before) + 1) for i, row in enumerate(ids)], base.device)
         with torch.no_grad():
             losses["bare"] += _row_losses(base, batch)
             with inject(base.model, generator.factors([generator.encoder.tokenize(d) for d in documents])):
@@ -102,7 +111,7 @@ def evaluate_forgetting(generator: Generator, source: str, count: int, tokens: i
     scores = {name: {"loss": interval(values)} for name, values in losses.items()}
     scores["patch - bare"] = {"loss": interval(rise)}
     return {
-        "task": f"unrelated text of {source}",
+        "task": f"unrelated text of {source}" + (", in a prompt" if in_prompt else ""),
         "documents": count,
         "questions": count,
         "generator": _origin(generator),
