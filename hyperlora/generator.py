@@ -80,20 +80,47 @@ class Generator(nn.Module):
         """
         texts = [documents] if isinstance(documents, str) else list(documents)
         ids = [self.encoder.tokenize(text) for text in texts]
-        try:
+        with _finite():
             factors = self.factors(ids, clock)
-        except torch.linalg.LinAlgError as error:  # a factorisation met NaN before it could reach the patch
-            raise InputError(_NON_FINITE) from error
-        origin, patches = self.provenance, []
-        for index, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            own = {site.path: (factors[site.path][0][index], factors[site.path][1][index]) for site in self.sites}
-            fixed = {module.path: factors[module.path] for module in self.hypernet.fixed}
-            if not all(bool(torch.isfinite(t).all()) for pair in (*own.values(), *fixed.values()) for t in pair):
-                raise InputError(_NON_FINITE)
-            own = _trimmed(own) | {path: (a[0].clone(), b[0].clone()) for path, (a, b) in fixed.items()}
-            document = {"sha256": sha256(text.encode()), "tokens": len(tokens), "weight": 1.0}
-            patches.append(Patch(own, replace(origin, documents=(document,))))
+        origin = self.provenance
+        patches = [self._patch(factors, n, [(text, ids[n])], origin) for n, text in enumerate(texts)]
         return patches[0] if isinstance(documents, str) else patches
+
+    @torch.no_grad()
+    def generate_together(self, documents: Sequence[str], clock: Clock | None = None) -> Patch:
+        """One patch of several documents, at the rank of one document that is as long as all of them.
+
+        They are read one by one, and what is written for them joins as that of the chunks of one document does: what
+        a question selects in one of them is told from what stands in the others, which a sum of their patches
+        (`Patch.compose`) cannot do.
+
+        Args:
+            clock: see `generate`.
+
+        Raises:
+            InputError: no documents, one of fewer than two tokens, or the hypernetwork gave non-finite values.
+        """
+        if not documents:
+            raise InputError("no documents to make a patch of")
+        ids = [self.encoder.tokenize(text) for text in documents]
+        chunks = [chunk for own in ids for chunk in self.encoder.chunks(own)]
+        with _finite(), self._rest_of(clock):
+            pairs = self._joined(chunks, self.config.rank_of(sum(map(len, ids))), clock)
+        modules = (*self.sites, *self.hypernet.fixed)
+        factors = {module.path: pair for module, pair in zip(modules, pairs, strict=True)}
+        return self._patch(factors, 0, list(zip(documents, ids, strict=True)), self.provenance)
+
+    def _patch(
+        self, factors: dict[str, Pair], index: int, read: list[tuple[str, list[int]]], origin: Provenance
+    ) -> Patch:
+        """Number `index` of a batch of factors, made of these texts and their tokens."""
+        own = {site.path: (factors[site.path][0][index], factors[site.path][1][index]) for site in self.sites}
+        fixed = {module.path: factors[module.path] for module in self.hypernet.fixed}
+        if not all(bool(torch.isfinite(t).all()) for pair in (*own.values(), *fixed.values()) for t in pair):
+            raise InputError(_NON_FINITE)
+        own = _trimmed(own) | {path: (a[0].clone(), b[0].clone()) for path, (a, b) in fixed.items()}
+        documents = ({"sha256": sha256(text.encode()), "tokens": len(ids), "weight": 1.0} for text, ids in read)
+        return Patch(own, replace(origin, documents=tuple(documents)))
 
     @property
     def provenance(self) -> Provenance:
@@ -147,7 +174,19 @@ class Generator(nn.Module):
             calls: call the hypernetwork at least so often, to no effect. Processes that share out its weights must all
                 call it as often as the one that reads most.
         """
+        with self._rest_of(clock):
+            return self._stacked(documents, clock, calls)
+
+    @contextmanager
+    def _rest_of(self, clock: Clock | None) -> Iterator[None]:
+        """Time all that is not the encoder, the rank cap included."""
         start, encoded = self.base.now(), (clock or {}).get("encode", 0.0)
+        yield
+        if clock is not None:
+            rest = self.base.now() - start - (clock["encode"] - encoded)
+            clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + rest
+
+    def _stacked(self, documents: Sequence[list[int]], clock: Clock | None, calls: int) -> dict[str, Pair]:
         batches = self._batches(documents)
         read = [self._read([documents[number] for number in batch], clock) for batch in batches]
         order = torch.tensor([number for batch in batches for number in batch]).argsort().to(self.base.device)
@@ -162,9 +201,6 @@ class Generator(nn.Module):
             idle = self._capped(self._write([documents[0][:2]], clock), self.config.rank)
             nothing = sum(0 * factor.sum() for pair in idle for factor in pair)
             stacked[path] = (stacked[path][0] + nothing, stacked[path][1])
-        if clock is not None:  # all that was not the encoder, the rank cap included
-            rest = self.base.now() - start - (clock["encode"] - encoded)
-            clock["hypernetwork"] = clock.get("hypernetwork", 0.0) + rest
         return stacked
 
     def _write(self, chunks: list[list[int]], clock: Clock | None) -> list[Written]:
@@ -186,10 +222,14 @@ class Generator(nn.Module):
 
     def _read(self, documents: list[list[int]], clock: Clock | None) -> list[Pair]:
         """Factors of a batch of documents of one chunk each, or of one document whose chunks are read one at a time."""
-        config, count, chunks = self.config, len(self.sites), self.encoder.chunks(documents[0])
-        rank = config.rank_of(len(documents[0]))
-        if len(chunks) == 1:
-            return self._capped(self._write(documents, clock), rank)
+        chunks, rank = self.encoder.chunks(documents[0]), self.config.rank_of(len(documents[0]))
+        if len(chunks) > 1:
+            return self._joined(chunks, rank, clock)
+        return self._capped(self._write(documents, clock), rank)
+
+    def _joined(self, chunks: list[list[int]], rank: int, clock: Clock | None) -> list[Pair]:
+        """Factors of one patch of chunks that are read one at a time."""
+        config, count = self.config, len(self.sites)
         state: list[Written] | None = None
         norms = []  # by chunk and site
         for chunk in chunks:
@@ -294,6 +334,15 @@ def _modules(base: BaseModel, config: GeneratorConfig, sites: list[Site]) -> tup
         return statistics, HYPERNETS[config.hypernet](shape, **config.options)
     except TypeError as error:
         raise InputError(f"options of the hypernet {config.hypernet}: {error}") from error
+
+
+@contextmanager
+def _finite() -> Iterator[None]:
+    """Raise InputError where a factorisation meets NaN before it can reach the patch."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise InputError(_NON_FINITE) from error
 
 
 def _trimmed(factors: dict[str, Pair]) -> dict[str, Pair]:

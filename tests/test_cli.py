@@ -59,6 +59,26 @@ def test_json_of_generate(generate: Run, document: Path, tmp_path: Path) -> None
     assert record["kv_bytes"] == record["tokens"] * 2 * 4 * 2 * 8 * 2  # K and V, layers, kv heads, width, 16 bits
 
 
+def test_one_patch_of_several_documents(generate: Run, document: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    code, out, err = generate(document, other, "--together", "-o", tmp_path / "both", "--json")
+    assert code == 0, err
+    record, both = json.loads(out), Patch.load(tmp_path / "both")
+    assert record["id"] == "both" and len(both.provenance.documents) == 2 and both.rank == 6
+    assert record["tokens"] == sum(source["tokens"] for source in both.provenance.documents)
+    assert set(record["seconds"]) == {"encode", "hypernetwork", "write"}
+    code, _, err = generate(document, other, "--together", "-o", tmp_path / "both")
+    assert code == 3 and "exists" in one_line(err)
+    code, _, err = generate(document, other, "--together", "-o", tmp_path / "x", "--shard", "1/2")
+    assert code == 3 and "no shards" in one_line(err)
+    other.write_text("a")
+    code, _, err = generate(document, other, "--together", "-o", tmp_path / "x")
+    assert code == 3 and "other: " in one_line(err) and not (tmp_path / "x").exists()
+    code, out, err = generate(document, "--together", "-o", tmp_path / "one", "--json")
+    assert code == 0 and len(Patch.load(tmp_path / "one").provenance.documents) == 1, err
+
+
 BAD_DOCUMENTS = {
     "empty": (b" \n", "is empty"),
     "binary": (b"\x7fELF\x00\x01", "binary file"),

@@ -108,6 +108,25 @@ def test_chunks_of_slots_fold_like_one_document(base: BaseModel, documents: list
         torch.testing.assert_close(found_b @ found_a, b @ a, rtol=1e-3, atol=1e-3 * float((b @ a).abs().max()))
 
 
+@pytest.mark.parametrize("limit", [None, 1.1])
+@torch.no_grad()
+def test_several_documents_are_like_chunks_of_one(family: Generator, documents: list[str], limit: float | None) -> None:
+    family.config = family.config.model_copy(update={"norm_limit": limit, "rank_tokens": 30, "max_rank": 20})
+    whole = family.generate_together(documents)
+    tokens = [family.encoder.tokenize(text) for text in documents]
+    total = sum(map(len, tokens))
+    assert family.config.rank < whole.rank <= family.config.rank_of(total)
+    assert [document["tokens"] for document in whole.provenance.documents] == [len(own) for own in tokens]
+    family.encoder.chunks = lambda ids: tokens if len(ids) == total else [ids]  # type: ignore[method-assign]
+    glued = family.factors([[token for own in tokens for token in own]])
+    for path, (a, b) in whole.factors.items():
+        expected = (glued[path][1] @ glued[path][0]).reshape(len(b), a.shape[1])
+        torch.testing.assert_close(b @ a, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    same(family.generate_together(documents[:1]), family.generate(documents[0]))
+    with pytest.raises(InputError, match="no documents"):
+        family.generate_together([])
+
+
 def test_longer_documents_may_have_more_ranks(base: BaseModel, documents: list[str]) -> None:
     """In proportion to their length, up to the largest, in one chunk or several, beside short ones."""
     generator = make_generator(base, rank=4, max_rank=10, rank_tokens=20, chunk_tokens=48)

@@ -2,13 +2,15 @@
 
     HYPERLORA_DATA=... python eval/bench/composition.py
 
-Documents of two invented facts join one after another; their patches are composed with and without a limit on the norm.
-Prints, for each number of documents, the exact match on all of them and on the first one, and the rise of the loss on
-WikiText-2 validation text in nats per token. Means with 95 % intervals over groups of documents that share none.
+Documents of two invented facts join one after another; their patches are composed with and without a limit on the norm,
+or one patch is made of all of them (`Generator.generate_together`). Prints, for each number of documents, the exact
+match on all of them and on the first one, and the rise of the loss on WikiText-2 validation text in nats per token.
+Means with 95 % intervals over groups of documents that share none.
 """
 
 import argparse
 import random
+from collections.abc import Callable
 
 from hyperlora.data.mix import window
 from hyperlora.data.sources import load
@@ -42,11 +44,19 @@ def main() -> None:
         return [sum(found[i : i + len(texts)]) / len(texts) for i in range(0, len(found), len(texts))]
 
     (bare,) = loss([Memory()])
-    print("| norm limit | documents | all of them | the first | unrelated text |\n|---|---|---|---|---|")
-    for limit in (None, 2.0, 1.0):
+
+    def composed(limit: float | None) -> Callable[[int], list[Patch]]:
+        return lambda count: [Patch.compose(p[:count], rank=rank, norm_limit=limit) for p in patches]
+
+    def together(count: int) -> list[Patch]:
+        return [generator.generate_together([item.text for item in group[:count]]) for group in groups]
+
+    print("| joined by | documents | all of them | the first | unrelated text |\n|---|---|---|---|---|")
+    ways = {"sum": composed(None), "sum, norm limit 2": composed(2), "sum, norm limit 1": composed(1)}
+    for name, join in (ways | {"slots that compete": together}).items():
         count = 1
         while count <= options.documents:
-            memories = [Memory(patch=Patch.compose(p[:count], rank=rank, norm_limit=limit)) for p in patches]
+            memories = [Memory(patch=patch) for patch in join(count)]
             asked = [
                 (number, question)
                 for number, group in enumerate(groups)
@@ -61,7 +71,7 @@ def main() -> None:
             first = [sum(own[:2]) / 2 for own in kept]
             rise = [value - bare for value in loss(memories)]
             cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in map(interval, (every, first, rise))]
-            print(f"| {limit or 'none'} | {count} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {count} | {' | '.join(cells)} |", flush=True)
             count *= 2
 
 

@@ -17,6 +17,7 @@ from hyperlora.files import check_free, write_text
 
 if TYPE_CHECKING:
     from hyperlora.generator import Generator
+    from hyperlora.patch import Patch
 
 PROVENANCE = "hyperlora.json"  # as in hyperlora.patch, which is imported late
 
@@ -27,6 +28,7 @@ def generate(
     generator: options.GeneratorName = None,
     base: options.Base = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 8,
+    together: Annotated[bool, typer.Option(help="One patch of all the documents, at the rank of one as long.")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: only every n-th document, starting with the i-th.")] = None,
     force: options.Force = False,
     as_json: options.Json = False,
@@ -39,19 +41,22 @@ def generate(
 
     One text file or stdin writes the patch to the output directory itself. Several files, a folder or a JSONL corpus
     (lines with "id" and "text") write one patch directory per document and a manifest; run the same command again to
-    continue where it stopped.
+    continue where it stopped. --together writes one patch of all of them instead.
     """
     source = lone_document(inputs) or Corpus(inputs)
-    single = isinstance(source, Document)
+    single = together or isinstance(source, Document)
     part = options.read_shard(shard)
     if single and shard:
-        raise InputError("--shard divides a corpus; a single document has no shards")
+        raise InputError("--shard divides a corpus; a single patch has no shards")
     if single:
         check_free(output, force)
     else:
         _check_corpus_output(output)
     loaded = loading.load(generator, base, loading.base_options(device, dtype, quantize, trust_remote_code))
-    if isinstance(source, Document):
+    if together:
+        documents = [source] if isinstance(source, Document) else list(source.documents(list(source.digests)))
+        records = [_together(loaded, documents, output, force)]
+    elif isinstance(source, Document):
         records = list(_write(loaded, [source], 1, output.parent, output.name, batch, force))
     else:
         records = _corpus(loaded, source, output, batch, force, part)
@@ -130,16 +135,29 @@ def _write(
             _check_length(generator, document)
         patches = generator.generate([document.text for document in group], clock)
         for document, patch in zip(group, patches, strict=True):
-            began = time.perf_counter()
-            patch = patch.to(_half(generator))
-            folder = parent / (name or document.id)
-            patch.save(folder, force)
             seconds = {key: value / len(group) for key, value in clock.items()}
-            seconds["write"] = time.perf_counter() - began
-            tokens = patch.provenance.documents[0]["tokens"]
-            yield _record(document.id, folder, tokens, patch.nbytes, generator, seconds)
+            yield _saved(generator, patch, parent / (name or document.id), document.id, seconds, force)
             bar.update()
     bar.close()
+
+
+def _together(generator: "Generator", documents: list[Document], output: Path, force: bool) -> dict[str, Any]:
+    clock: dict[str, float] = {}
+    for document in documents:
+        _check_length(generator, document)
+    patch = generator.generate_together([document.text for document in documents], clock)
+    return _saved(generator, patch, output, output.name, clock, force)
+
+
+def _saved(
+    generator: "Generator", patch: "Patch", folder: Path, name: str, seconds: dict[str, float], force: bool
+) -> dict[str, Any]:
+    """The record of a patch, which it writes in 16 bits."""
+    began = time.perf_counter()
+    patch = patch.to(_half(generator))
+    patch.save(folder, force)
+    tokens = sum(document["tokens"] for document in patch.provenance.documents)
+    return _record(name, folder, tokens, patch.nbytes, generator, seconds | {"write": time.perf_counter() - began})
 
 
 def _check_length(generator: "Generator", document: Document) -> None:
