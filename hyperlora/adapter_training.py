@@ -9,10 +9,12 @@ import json
 import random
 import zlib
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora import checkpoint
@@ -25,10 +27,10 @@ from hyperlora.files import write_text
 from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
 from hyperlora.groups import padded_groups
-from hyperlora.inject import inject
 from hyperlora.methods.adapted import fresh_adapter
-from hyperlora.objectives import Row, collate, cross_entropy
+from hyperlora.packing import Packed, pack, stacked
 from hyperlora.recipe import Recipe
+from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
 from hyperlora.training import cosine
 
@@ -117,16 +119,15 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
     bar = tqdm(total=until, initial=step, unit="step", desc=f"learning rate {rate:g}")
     while step < until:
         items = [item for item, _ in (mix.draw(step) for _ in range(recipe.documents)) if not held_out(item)]
-        rows = _rows(base, items)
-        if rows:
+        asked = [item for item in items if item.questions]
+        if asked:
             for group in optimizer.param_groups:
                 group["lr"] = cosine(rate, step, recipe.warmup, recipe.steps)
-            labels, total = sum(row.labels for row in rows), 0.0
-            for numbers in padded_groups([len(row.ids) for row in rows], _BATCH_TOKENS):
-                batch = collate([rows[number] for number in numbers], base.device)
-                with inject(base.model, adapter.factors()):
-                    loss = cross_entropy(base.model, batch) / labels
-                    loss.backward()
+            packs, total = [_packed(base, item) for item in asked], 0.0
+            labels = sum(len(replies) for _, replies in packs)
+            for numbers in padded_groups([packed.ids.shape[1] for packed, _ in packs], _BATCH_TOKENS):
+                loss = _surprise(base, adapter, [packs[number] for number in numbers]) / labels
+                loss.backward()
                 total += float(loss.detach())
             nn.utils.clip_grad_norm_(adapter.parameters(), recipe.clip)
             optimizer.step()
@@ -147,14 +148,23 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
     return adapter
 
 
-def _rows(base: BaseModel, items: Sequence[Item]) -> list[Row]:
-    """The questions of the items, each with its document in the prompt."""
-    rows = []
-    for item in items:
-        for question in item.questions:
-            prompt = base.prompt.prompt_ids(base.tokenizer, question.text, item.text)
-            rows.append(Row(0, prompt + base.prompt.answer_ids(base.tokenizer, question.reply), len(prompt)))
-    return rows
+def _packed(base: BaseModel, item: Item) -> tuple[Packed, list[int]]:
+    """An item's questions behind its document, which is read once, and the tokens of their replies."""
+    tokenizer = base.tokenizer
+    prompts = [base.prompt.prompt_ids(tokenizer, question.text, item.text) for question in item.questions]
+    replies = [base.prompt.answer_ids(tokenizer, question.reply) for question in item.questions]
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    shared = min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
+    parts = [(prompt[shared:], reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    return pack(prompts[0][:shared], parts, base.device), [token for reply in replies for token in reply]
+
+
+def _surprise(base: BaseModel, adapter: Adapter, packs: Sequence[tuple[Packed, list[int]]]) -> Tensor:
+    """Negative log-likelihood of the replies, summed over their tokens, in nats."""
+    packed = stacked([packed for packed, _ in packs])
+    targets = torch.tensor([token for _, replies in packs for token in replies], device=base.device)
+    with Session(base, len(packs), factors=adapter.factors(), cached=False) as session:
+        return F.cross_entropy(packed.logits(session), targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -167,11 +177,7 @@ def validation_loss(recipe: Recipe, base: BaseModel, adapter: Adapter) -> float:
     chosen = sorted(found, key=lambda name: zlib.crc32(name.encode()))[:_VALIDATION]
     rng = random.Random(recipe.seed)
     asked = [Item(name, found[name].text, (rng.choice(found[name].questions),)) for name in chosen]
-    rows = _rows(base, asked)
-    total, labels = 0.0, 0
-    for start in range(0, len(rows), _BATCH):
-        batch = collate(rows[start : start + _BATCH], base.device)
-        with inject(base.model, adapter.factors()):
-            total += float(cross_entropy(base.model, batch))
-        labels += len(batch.targets)
-    return total / labels
+    packs = [_packed(base, item) for item in asked]
+    groups = [packs[start : start + _BATCH] for start in range(0, len(packs), _BATCH)]
+    total = sum(float(_surprise(base, adapter, group)) for group in groups)
+    return total / sum(len(replies) for _, replies in packs)

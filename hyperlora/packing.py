@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hyperlora.session import Session
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One sequence for `Session.feed`: all tensors (1, tokens) but `visible` (1, tokens, tokens).
+    """Sequences for `Session.feed`: all tensors (rows, tokens) but `visible` (rows, tokens, tokens).
 
     Every part sees the prefix and itself, at the positions that it has alone behind the prefix. `wanted` are the tokens
     that predict a reply, part after part.
@@ -24,7 +25,7 @@ class Packed:
     visible: Tensor
 
     def logits(self, session: Session) -> Tensor:
-        """Logits (reply tokens, vocabulary) in a session of one row."""
+        """Logits (reply tokens, vocabulary) in a session of as many rows, row after row."""
         return session.feed(self.ids, self.places, self.positions, self.wanted, visible=self.visible)
 
 
@@ -53,3 +54,14 @@ def pack(prefix: list[int], parts: Sequence[tuple[list[int], list[int]]], device
         wanted=torch.tensor([wanted], device=device),
         visible=visible[None],
     )
+
+
+def stacked(packs: Sequence[Packed]) -> Packed:
+    """Sequences of one row each as one batch, padded on the right."""
+    lacks = [max(packed.ids.shape[1] for packed in packs) - packed.ids.shape[1] for packed in packs]
+
+    def rows(name: str, value: float = 0) -> Tensor:
+        return torch.cat([pad(getattr(p, name), (0, lack), value=value) for p, lack in zip(packs, lacks, strict=True)])
+
+    visible = torch.cat([pad(p.visible, (0, lack, 0, lack)) for p, lack in zip(packs, lacks, strict=True)])
+    return Packed(rows("ids"), rows("places", -1), rows("positions"), rows("wanted", False), visible)

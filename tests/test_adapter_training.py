@@ -3,17 +3,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hyperlora import checkpoint
-from hyperlora.adapter_training import Adapter, held_out, train_adapter, validation_loss
+from hyperlora.adapter_training import Adapter, _packed, _surprise, held_out, train_adapter, validation_loss
 from hyperlora.base_model import BaseModel
 from hyperlora.checkpoint import find, load
-from hyperlora.data.items import Item
+from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
+from hyperlora.inject import inject
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document
+from hyperlora.objectives import Row, collate, cross_entropy
 from hyperlora.recipe import Recipe
 from hyperlora.runtime import Runtime
 
@@ -83,6 +86,24 @@ def test_it_is_as_large_as_a_patch(recipe: Recipe, base: BaseModel, tmp_path: Pa
         }
 
 
+def test_packed_questions_are_those_of_prompts_of_their_own(asking: Recipe, base: BaseModel) -> None:
+    """However many, and of one document or of several."""
+    adapter = Adapter(base, asking)
+    for b in adapter.b:
+        torch.nn.init.normal_(b, std=0.3)
+    asked = Question("Which?", "grey", ("grey",)), Question("Which colour is it?", "a red", ("red",))
+    items = [Item("a", TEXT, asked), Item("b", "The door is blue.", asked[:1]), Item("c", TEXT[::-1], (asked[0],) * 2)]
+    found = _surprise(base, adapter, [_packed(base, item) for item in items]).item()
+    total = 0.0
+    for item in items:
+        for question in item.questions:
+            prompt = base.prompt.prompt_ids(base.tokenizer, question.text, item.text)
+            row = Row(0, prompt + base.prompt.answer_ids(base.tokenizer, question.reply), len(prompt))
+            with inject(base.model, adapter.factors()):
+                total += cross_entropy(base.model, collate([row], base.device)).item()
+    assert found == pytest.approx(total, rel=1e-5)
+
+
 def test_questions_in_several_batches_train_alike(
     asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,8 +144,8 @@ def test_held_out_documents_are_never_trained_on(
     import hyperlora.adapter_training as module
 
     seen: list[Item] = []
-    rows = module._rows
-    monkeypatch.setattr(module, "_rows", lambda b, items: seen.extend(items) or rows(b, items))
+    packed = module._packed
+    monkeypatch.setattr(module, "_packed", lambda b, item: seen.append(item) or packed(b, item))
     monkeypatch.setattr(module, "validation_loss", lambda *_: 0.0)
     train_adapter(asking, base, [1e-3], tmp_path / "run")
     assert len(seen) > 30 and not any(held_out(item) for item in seen)

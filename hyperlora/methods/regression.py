@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from hyperlora.base_model import BaseModel
 from hyperlora.methods.teaching import Lesson
-from hyperlora.packing import pack
+from hyperlora.packing import pack, stacked
 from hyperlora.prompt import encode
 from hyperlora.session import Session
 from hyperlora.structure import Site, decoder_layers, hidden_of, residual_gain
@@ -135,16 +135,15 @@ def _solve(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 def _rows(base: BaseModel, prefix: list[int], rows: Sequence[Sequence[Lesson]]) -> tuple[dict[str, Tensor], Tensor]:
     """What `Session.feed` takes, the lessons of each row packed behind one prefix, padded on the right; and where the
     lessons' tokens are, (rows, tokens) bool."""
-    packs = [pack(prefix, [(lesson.question, lesson.reply) for lesson in row], base.device) for row in rows]
-    lack = [max(packed.ids.shape[1] for packed in packs) - packed.ids.shape[1] for packed in packs]
+    packed = stacked([pack(prefix, [(lesson.question, lesson.reply) for lesson in row], base.device) for row in rows])
     fields = {
-        "inputs": torch.cat([pad(p.ids, (0, n)) for p, n in zip(packs, lack, strict=True)]),
-        "places": torch.cat([pad(p.places, (0, n), value=-1) for p, n in zip(packs, lack, strict=True)]),
-        "positions": torch.cat([pad(p.positions, (0, n)) for p, n in zip(packs, lack, strict=True)]),
-        "visible": torch.cat([pad(p.visible, (0, n, 0, n)) for p, n in zip(packs, lack, strict=True)]),
+        "inputs": packed.ids,
+        "places": packed.places,
+        "positions": packed.positions,
+        "visible": packed.visible,
+        "wanted": torch.zeros_like(packed.wanted),
     }
-    fields["wanted"] = torch.zeros_like(fields["inputs"], dtype=torch.bool)
-    return fields, fields["places"] >= len(prefix)
+    return fields, packed.places >= len(prefix)
 
 
 def _gains(base: BaseModel, sites: Sequence[Site], ids: list[int]) -> dict[str, Tensor]:
