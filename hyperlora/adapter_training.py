@@ -118,8 +118,8 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
         step, mix.state = loaded.position["step"], loaded.position["drawn"]
     bar = tqdm(total=until, initial=step, unit="step", desc=f"learning rate {rate:g}")
     while step < until:
-        items = [item for item, _ in (mix.draw(step) for _ in range(recipe.documents)) if not held_out(item)]
-        asked = [item for item in items if item.questions]
+        drawn = [mix.draw(step)[0] for _ in range(recipe.documents)]
+        asked = [item for item in drawn if item.questions and not held_out(item)]
         if asked:
             for group in optimizer.param_groups:
                 group["lr"] = cosine(rate, step, recipe.warmup, recipe.steps)
