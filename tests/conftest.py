@@ -56,6 +56,7 @@ CONFIGS = {
 _SMALL = {"width": 16, "depth": 1, "heads": 2}
 OPTIONS = {
     "associative": {**_SMALL, "moves": 3, "adapter_rank": 2},
+    "hybrid": {**_SMALL, "latents": 3, "moves": 3, "adapter_rank": 2},
     "perceiver": {**_SMALL, "latents": 3, "fixed_ranks": 2},
     "memory_tokens": {"rank": 3, "depth": 2, "heads": 2, "adapter_rank": 2},
 }

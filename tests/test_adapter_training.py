@@ -1,9 +1,11 @@
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hyperlora import checkpoint
 from hyperlora.adapter_training import Adapter, _packed, _surprise, held_out, train_adapter, validation_loss
@@ -161,3 +163,23 @@ def test_bad_runs_are_refused(asking: Recipe, recipe: Recipe, base: BaseModel, t
     facts = recipe.model_copy(update={"mix": recipe.mix[:1], "steps": 1})
     with pytest.raises(InputError, match="add a qa task"):
         train_adapter(facts, base, [1e-3], tmp_path / "other")
+
+
+def test_the_script_takes_other_sizes_than_the_recipe(
+    asking: Recipe, tiny_dirs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("script", Path(__file__).parents[1] / "train/adapted_full.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path = tmp_path / "asking.yaml"
+    path.write_text(yaml.safe_dump(asking.model_dump(mode="json")))
+    run = tmp_path / "run"
+    script.main(path, run, rates="1e-2", base=tiny_dirs[0], steps=3, documents=2, dtype="bfloat16")
+    assert "adapter: " in capsys.readouterr().out and (run / "adapter" / "shared.safetensors").exists()
+    found = find(run / "rate-0.01")
+    assert found is not None
+    position = load(found).position
+    assert position["step"] == 3 and position["settings"]["documents"] == 2
+    with pytest.raises(InputError, match="unknown dtype"):
+        script.main(path, run, dtype="bfloat61")

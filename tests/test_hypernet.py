@@ -9,9 +9,10 @@ from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
-from hyperlora.hypernet import HYPERNETS, Associative, MemoryTokens, Pair, Perceiver, Reading, Shape
+from hyperlora.hypernet import HYPERNETS, Associative, Hybrid, MemoryTokens, Pair, Perceiver, Reading, Shape
 from hyperlora.hypernet.adapter import adapter_factors
 from hyperlora.hypernet.associative import _Move, strongest
+from hyperlora.hypernet.slots import Slots
 from hyperlora.patch import Patch
 from hyperlora.structure import Site
 
@@ -130,6 +131,39 @@ def test_keys_move_in_units_of_their_channels() -> None:
     shift = move.to_copies(hidden, spread)
     torch.testing.assert_close(shift, (hidden @ move.to_copies.weight.T) * spread)
     torch.testing.assert_close(move.to_copies(same, spread * larger), shift * larger)
+
+
+def test_latent_slots_are_as_many_for_any_length_and_answer_what_they_point_at(
+    base: BaseModel, documents: list[str]
+) -> None:
+    """Their values lie among the document's words; without them the hybrid is an associative memory."""
+    hybrid, plain = make_generator(base, hypernet="hybrid"), make_generator(base)
+    assert isinstance(hybrid.hypernet, Hybrid)
+    for value in hybrid.hypernet.value:
+        torch.nn.init.zeros_(value.learned.weight)  # type: ignore[union-attr, arg-type]
+    encoder = hybrid.encoder
+    for text in (documents[0][:9], TEXT):
+        reading = encoder.open([encoder.tokenize(text)])
+        for *_, own in hybrid.hypernet(reading, hybrid.statistics)[:2]:
+            assert isinstance(own, Slots) and own.x.shape[1] == 3
+            words = reading.features.words[0]
+            mixed = torch.linalg.lstsq(words.mT, own.values[0].mT).solution
+            torch.testing.assert_close(words.mT @ mixed, own.values[0].mT, rtol=1e-3, atol=1e-3)
+    plain.load_state_dict(hybrid.state_dict(), strict=False)
+    ids = [encoder.tokenize(text) for text in documents]
+    with torch.no_grad():
+        assert not alike(hybrid.factors(ids), plain.factors(ids))
+        for value in hybrid.hypernet.value:
+            value.scale.zero_()  # type: ignore[union-attr, operator]
+        assert alike(hybrid.factors(ids), plain.factors(ids))
+    with pytest.raises(InputError, match=r"latents .0. must be at least 1"):
+        make_generator(base, hypernet="hybrid", options={**OPTIONS["hybrid"], "latents": 0})
+
+
+def alike(some: dict[str, Pair], others: dict[str, Pair]) -> bool:
+    """Whether two patches change their modules alike."""
+    pairs = ((some[path], others[path]) for path in some)
+    return all(torch.allclose(b @ a, d @ c, rtol=1e-3, atol=1e-5) for (a, b), (c, d) in pairs)
 
 
 def test_latents_do_not_grow_with_the_document(base: BaseModel, documents: list[str]) -> None:

@@ -2,15 +2,17 @@
 
 from hyperlora.hypernet.associative import Associative
 from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape, Written
+from hyperlora.hypernet.hybrid import Hybrid
 from hyperlora.hypernet.memory_tokens import MemoryTokens
 from hyperlora.hypernet.perceiver import Perceiver
 
-HYPERNETS: dict[str, type[Hypernet]] = {one.name: one for one in (Associative, Perceiver, MemoryTokens)}
+HYPERNETS: dict[str, type[Hypernet]] = {one.name: one for one in (Associative, Hybrid, Perceiver, MemoryTokens)}
 
 __all__ = [
     "HYPERNETS",
     "Associative",
     "Features",
+    "Hybrid",
     "Hypernet",
     "MemoryTokens",
     "Pair",

@@ -23,7 +23,7 @@ from hyperlora.hypernet.blocks import Block
 from hyperlora.hypernet.contract import Features, Hypernet, Pair, Reading, Shape, Written
 from hyperlora.hypernet.slots import Slots, added, solved
 from hyperlora.rank_cap import cap_ranks
-from hyperlora.statistics import SiteStatistics
+from hyperlora.statistics import SecondMoment, SiteStatistics
 
 _ALPHA = 2.5  # of the adapter, which learns too slowly at the rate of the rest
 
@@ -82,8 +82,8 @@ class Associative(Hypernet):
         self.mix = nn.Linear(4 * d_model, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.copy = nn.ModuleList(_Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
-        self.point = nn.ModuleList(_Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
+        self.copy = nn.ModuleList(Value(width, d_model, copy_scale, 1.0, reach) for _ in sites)
+        self.point = nn.ModuleList(Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
         self.move = nn.ModuleList(_Move(width, moves, site.d_in, bool(pointers)) for site in sites if moves)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
@@ -98,30 +98,32 @@ class Associative(Hypernet):
             adapter = adapter_factors(self.fixed, self.fixed_rank, self.adapter_a, self.adapter_b, _ALPHA)
         features = reading.adapted(adapter) if adapter else reading.features
         z = self._read(features)
-        mask = features.mask[..., None]
         written: list[Written] = []
         for index, (x, stat) in enumerate(zip(features.inputs, statistics, strict=True)):
-            ridge, spread = self.log_ridge[index].exp(), stat.moment.spread()
-            move: Any = self.move[index] if len(self.move) else None
-            if move:
-                hidden = move(x, z, spread)
-                x = x + move.to_copies(hidden, spread)
-            size = stat.residual_norm / stat.gain
-            slots = [Slots(x * mask, self.copy[index](z, features.following) * mask * size, ridge[0])]
-            if len(self.aim):
-                point = self.point[index]
-                assert isinstance(point, _Value)
-                tokens = strongest(point.strength(z), features.mask, self.pointers)
-                at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
-                x = self.aim[index](at)
-                if move:
-                    x = x + move.to_pointers(hidden.take_along_dim(tokens, dim=1), spread)
-                x = x * kept
-                # Made as large as a typical input: x^T C^-1 x = d_in.
-                typical = (x.shape[-1] / (stat.moment.solve(x) * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
-                slots.append(Slots(x * typical, point(at, words) * kept * size, ridge[1]))
-            written.append(tuple(slots))
+            written.append(tuple(self.slots(index, x, z, features, stat)))
         return written + list(adapter.values())
+
+    def slots(self, index: int, x: Tensor, z: Tensor, features: Features, stat: SiteStatistics) -> list[Slots]:
+        """Groups of slots of one site, which compete within their group; x (documents, tokens, d_in) its inputs and z
+        (documents, tokens, width)."""
+        mask = features.mask[..., None]
+        ridge, spread = self.log_ridge[index].exp(), stat.moment.spread()
+        move: Any = self.move[index] if len(self.move) else None
+        if move:
+            hidden = move(x, z, spread)
+            x = x + move.to_copies(hidden, spread)
+        size = stat.residual_norm / stat.gain
+        slots = [Slots(x * mask, self.copy[index](z, features.following) * mask * size, ridge[0])]
+        if len(self.aim):
+            point = self.point[index]
+            assert isinstance(point, Value)
+            tokens = strongest(point.strength(z), features.mask, self.pointers)
+            at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
+            x = self.aim[index](at)
+            if move:
+                x = x + move.to_pointers(hidden.take_along_dim(tokens, dim=1), spread)
+            slots.append(Slots(typical(x * kept, stat.moment), point(at, words) * kept * size, ridge[1]))
+        return slots
 
     def factors(self, written: Sequence[Written], statistics: Sequence[SiteStatistics], rank: int) -> list[Pair]:
         return cap_ranks([solved(w, stat.moment) for w, stat in zip(written, statistics, strict=True)], rank)
@@ -147,7 +149,12 @@ def strongest(strength: Tensor, mask: Tensor, count: int) -> Tensor:
     return ranked[:, :count].sort(dim=1).values[..., None]
 
 
-class _Value(nn.Module):
+def typical(x: Tensor, moment: SecondMoment) -> Tensor:
+    """Inputs x (documents, slots, d_in) made as large as a typical one, x^T C^-1 x = d_in; zero stays zero."""
+    return x * (x.shape[-1] / (moment.solve(x) * x).sum(-1, keepdim=True).clamp_min(1e-6)).sqrt()
+
+
+class Value(nn.Module):
     """g (c * e + W z), (documents, tokens, d_model); c is a scale per channel, W starts at zero, g at `strength`.
 
     W z is multiplied by `step`, so that the first optimizer steps move it by a fraction of c and not by many times c.

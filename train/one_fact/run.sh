@@ -3,7 +3,7 @@
 set -e
 cd "$(dirname "$0")/../.."
 for seed in 0 1 2; do
-    for family in associative perceiver memory_tokens; do
+    for family in associative hybrid perceiver memory_tokens; do
         hyperlora train "train/one_fact/$family.yaml" --seed "$seed" -o "runs/one_fact/$family-$seed"
     done
 done
