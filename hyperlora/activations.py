@@ -12,8 +12,8 @@ from hyperlora.structure import decoder_layers
 def checkpoint_layers(model: Any) -> None:
     """Have a frozen model's layers keep their inputs only and run again in the backward pass.
 
-    Transformers does so in training mode, which the layers alone are put into: what is inside them, such as dropout,
-    stays as it is.
+    Transformers does so in training mode, which the layers alone are put into: what is inside them stays as it is, and
+    the dropout that some apply by themselves is none.
     """
     kept = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
@@ -22,6 +22,9 @@ def checkpoint_layers(model: Any) -> None:
         model.gradient_checkpointing_enable(kept)
     for block in decoder_layers(model)[1]:
         block.training = True
+        for name, value in vars(block).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(block, name, 0.0)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
-_CPU = "can't allocate memory"
+# What has no kind of its own: the CPU's allocator, CUDA outside its allocator, its linear algebra.
+_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class HyperloraError(Exception):
@@ -33,8 +34,9 @@ class OutOfMemory(HyperloraError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so: of a GPU's allocator, or the CPU's, which has no kind of its own."""
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or _CPU in str(error)
+    """Whether an error says so, of a GPU or the CPU."""
+    kind = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return kind or any(words in str(error) for words in _MEMORY)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

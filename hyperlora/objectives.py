@@ -106,9 +106,9 @@ def cross_entropy(model: Any, batch: Batch) -> Tensor:
 def reply_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Sum over labels, nats: where a teacher's opinion is known the weighted KL divergence from it, elsewhere the
     negative log-likelihood. `logits` (labels, vocabulary)."""
-    plain = F.cross_entropy(logits[~batch.taught], batch.targets[~batch.taught], reduction="sum")
     if not len(batch.weight):
-        return plain
+        return F.cross_entropy(logits, batch.targets, reduction="sum")
+    plain = F.cross_entropy(logits[~batch.taught], batch.targets[~batch.taught], reduction="sum")
     return plain + (batch.weight * top_k_kls(logits[batch.taught], batch.top_ids, batch.top_log_probs)).sum()
 
 
@@ -132,10 +132,15 @@ def states(blocks: nn.ModuleList, layers: Sequence[int]) -> Iterator[dict[int, T
             handle.remove()
 
 
-def state_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance of hidden states (layers, tokens, d_model), a scalar: the mean over layers, each in units of how
-    much the teacher's states vary from token to token, so that channels that are large everywhere do not count."""
-    spread = (teacher - teacher.mean(1, keepdim=True)).square().sum((1, 2)).clamp_min(1e-6)
+def state_spread(found: Tensor) -> Tensor:
+    """How much hidden states (layers, tokens, d_model) vary from token to token, by layer: the mean square of their
+    distance from the mean, in which channels that are large everywhere do not count."""
+    return (found - found.mean(1, keepdim=True)).square().sum(2).mean(1).clamp_min(1e-6)
+
+
+def state_distance(student: Tensor, teacher: Tensor, spread: Tensor) -> Tensor:
+    """Squared distance of hidden states (layers, tokens, d_model) in units of `spread` (layers,), see `state_spread`:
+    the sum over tokens of the mean over layers, a scalar."""
     return ((student - teacher).square().sum((1, 2)) / spread).mean()
 
 

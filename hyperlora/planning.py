@@ -158,7 +158,8 @@ def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = _B
     numbers = step.generator
     share = numbers // processes
     if stage is None:
-        weights, gradients, optimizer, buffers = numbers, numbers, 2 * numbers, 0
+        weights, gradients, optimizer = numbers, numbers, 2 * numbers
+        buffers = numbers if processes > 1 else 0
     elif stage == 1:
         weights, gradients, optimizer, buffers = numbers, numbers, 3 * share, 0
     elif stage == 2:

@@ -20,11 +20,12 @@ from hyperlora.objectives import (
     label_logits,
     reply_loss,
     state_distance,
+    state_spread,
     states,
 )
 from hyperlora.prompt import document_ids, encode
 from hyperlora.recipe import Recipe
-from hyperlora.structure import decoder_layers
+from hyperlora.structure import decoder_layers, text_config
 
 # Tokens of text: what a continuation starts from, what a document's own text goes on for behind as many, and how many
 # of those nobody could tell.
@@ -51,6 +52,14 @@ class Student:
         self.blocks = decoder_layers(base.model)[1]
         count = min(recipe.teacher.hidden_layers, len(self.blocks)) if recipe.teacher.hidden else 0
         self.matched = [len(self.blocks) * (i + 1) // count - 1 for i in range(count)]
+        self.spread = torch.ones(count)
+
+    @torch.no_grad()
+    def measure(self, texts: Sequence[str]) -> None:
+        """Take the units of the distance from the teacher's hidden states from generic text."""
+        start = max(1, len(self.sink))  # where a text begins states are large, whatever it says
+        rows = [Row(0, self.sink + document_ids(self.base.tokenizer, text), start + 1) for text in texts]
+        self.spread = state_spread(torch.cat([self._states([row]) for row in rows if row.labels > 0], dim=1))
 
     def check_taught(self, documents: Sequence[Item]) -> None:
         """Raises InputError when there are teachers' replies, and to no question about these documents."""
@@ -70,13 +79,23 @@ class Student:
     def text(self, index: int, text: str, in_prompt: bool = False) -> Row:
         """Plain text, or a prompt's document, scored from its second token on."""
         before = encode(self.base.tokenizer, self.base.prompt.prefix) if in_prompt else self.sink
-        return Row(index, before + document_ids(self.base.tokenizer, text), len(before) + 1)
+        return self._fits(Row(index, before + document_ids(self.base.tokenizer, text), len(before) + 1))
 
     def beside(self, index: int, other: Item, question: Question) -> Row:
         """A row of document number `index` that asks about another document, which is in the prompt."""
         prompt, tokenizer = self.base.prompt, self.base.tokenizer
         asked = prompt.prompt_ids(tokenizer, question.text, other.text)
-        return Row(index, asked + prompt.answer_ids(tokenizer, question.reply), len(asked))
+        return self._fits(Row(index, asked + prompt.answer_ids(tokenizer, question.reply), len(asked)))
+
+    def _fits(self, row: Row) -> Row:
+        """Raises InputError where a row is beyond the base's window."""
+        window = text_config(self.base.model).max_position_embeddings
+        if (length := max(len(row.ids), len(row.told or ()))) > window:
+            raise InputError(
+                f"{length} tokens of a document and what is asked are beyond the window of {self.base.name}, {window}; "
+                "lower max_tokens or tokens of the recipe's tasks, or take another base"
+            )
+        return row
 
     def _questions(self, index: int, item: Item) -> list[Row]:
         prompt_ids, tokenizer = self.base.prompt.prompt_ids, self.base.tokenizer
@@ -91,7 +110,7 @@ class Student:
                 likeliest = taught.top_ids, taught.top_log_probs, weight
             prompt = prompt_ids(tokenizer, question.text)
             told = prompt_ids(tokenizer, question.text, item.text) + reply if self.matched else None
-            rows.append(Row(index, prompt + reply, len(prompt), likeliest, told))
+            rows.append(self._fits(Row(index, prompt + reply, len(prompt), likeliest, told)))
         return rows
 
     def _continuations(self, index: int, item: Item, rng: random.Random) -> list[Row]:
@@ -114,7 +133,7 @@ class Student:
             labels: of the whole step.
 
         Returns:
-            loss, nats per label; hidden, see `state_distance`, where the recipe wants it.
+            loss, nats per label; hidden, `state_distance` per label, where the recipe wants it.
         """
         model, batch, teacher = self.base.model, collate(rows, self.base.device), self._told(rows)
         with inject(model, factors, batch.documents), states(self.blocks, self.matched) as found:
@@ -123,7 +142,7 @@ class Student:
             if teacher is not None:
                 where = torch.tensor([bool(row.told) for row in rows for _ in range(row.labels)])
                 own = torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
-                far = state_distance(own[:, where.to(own.device)], teacher) * float(where.sum()) / labels
+                far = state_distance(own[:, where.to(own.device)], teacher, self.spread.to(own.device)) / labels
                 parts["hidden"], total = float(far.detach()), loss + self.recipe.teacher.hidden * far
             total.backward()
         return parts
@@ -132,9 +151,11 @@ class Student:
     def _told(self, rows: list[Row]) -> Tensor | None:
         """Hidden states (layers, labels, d_model) of the base that reads the documents, at the labels of questions."""
         told = [Row(0, row.told, len(row.told) - row.labels) for row in rows if row.told]
-        if not told:
-            return None
-        batch = collate(told, self.base.device)
+        return self._states(told) if told else None
+
+    def _states(self, rows: list[Row]) -> Tensor:
+        """Hidden states (layers, labels, d_model) of the bare base, behind the layers that are matched."""
+        batch = collate(rows, self.base.device)
         with states(self.blocks, self.matched) as found:
             self.base.model.base_model(input_ids=batch.ids, use_cache=False)
         return torch.stack([found[layer][batch.labelled].float() for layer in self.matched])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hyperlora import checkpoint, ranks
 from hyperlora.activations import checkpoint_layers, stored
-from hyperlora.base_model import load_base
+from hyperlora.base_model import Fingerprint, load_base
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import check_disjoint
@@ -45,6 +45,10 @@ _SAME_REQUEST = 2.0  # seconds
 # Without cuDNN's, which plans anew for every shape: a third of a step where every batch has another.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
+_SHORTER = (
+    "out of memory in the evaluation between steps; lower max_tokens, items or facts of the recipe's evaluation, and "
+    "go on from the last checkpoint, which is intact"
+)
 
 
 class Trainer:
@@ -71,6 +75,8 @@ class Trainer:
         self.recipe, self.generator, self.folder = recipe, generator, folder
         self.base = generator.base
         self.student = Student(self.base, recipe, generator.encoder.sink)
+        if self.student.matched:
+            self.student.measure(calibration_texts(recipe))
         self.drawing = Drawing(recipe, self.base, self.student)
         trained = self.drawing.mix.documents()
         self.student.check_taught(trained)
@@ -156,7 +162,7 @@ class Trainer:
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
-            with _explained(self.recipe):
+            with _explained(_less(self.recipe)):
                 self._run(bar, stop, on_metrics)
         finally:
             if self.steps is not None:
@@ -194,7 +200,7 @@ class Trainer:
     def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         conditions = ("patch", "swapped", *(("beside",) if self.recipe.beside else ()))
         for name, items in self.evaluation.items():
-            with stored(self.student.blocks):
+            with _explained(_SHORTER), stored(self.student.blocks):
                 scores = score_controls(self.generator, items, conditions)
             self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
             if ranks.own() == 0:
@@ -260,14 +266,15 @@ class Trainer:
             raise InputError(
                 f"{self.folder} holds a recipe that this version cannot read; choose another -o"
             ) from error
-        changed = [key for key in now if now[key] != then[key] and key not in _FREE]
+        free = (*_FREE, *(("strength_rate",) if now["strength_rate"] and then["strength_rate"] else ()))
+        changed = [key for key in now if now[key] != then[key] and key not in free]
         if math.prod(now[key] for key in _SPLIT) == math.prod(then[key] for key in _SPLIT):
             changed = [key for key in changed if key not in _SPLIT]
         if changed:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
             )
-        if position.get("fingerprint", own := vars(self.base.fingerprint)) != own:
+        if "fingerprint" in position and not self.base.fingerprint.same(Fingerprint(**position["fingerprint"])):
             raise InputError(
                 f"{self.folder} holds a run on another base than {self.base.name}; choose another -o, or --base"
             )
@@ -292,27 +299,30 @@ class Trainer:
             write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
+def _less(recipe: Recipe) -> str:
+    """What to do about a step that needs more memory than there is."""
+    ways = ["lower documents and raise micro_batches to the same product"] if recipe.documents > 1 else []
+    ways += [] if recipe.checkpointing else ["set checkpointing: true"]
+    less = f"{' or '.join(ways)}, and go on from the last checkpoint, which is intact"
+    if not ways:
+        less = "start anew with shorter documents or fewer questions"
+    return f"out of memory at documents: {recipe.documents}; {less}; `hyperlora plan` shows what fits"
+
+
 @contextmanager
-def _explained(recipe: Recipe) -> Iterator[None]:
-    """Raises OutOfMemory, which says which setting to lower, where memory runs out in the block, and TrainingDiverged
-    where a factorisation meets a number that is not finite."""
+def _explained(less: str) -> Iterator[None]:
+    """Raises OutOfMemory, which says what to lower, where memory runs out in the block, and TrainingDiverged where a
+    factorisation meets a number that is not finite."""
     try:
         yield
     except torch.linalg.LinAlgError as error:
         raise TrainingDiverged(
             "a patch was not finite; lower learning_rate and go on from the last checkpoint, which is intact"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        ways = ["lower documents and raise micro_batches to the same product"] if recipe.documents > 1 else []
-        ways += [] if recipe.checkpointing else ["set checkpointing: true"]
-        less = f"{' or '.join(ways)}, and go on from the last checkpoint, which is intact"
-        if not ways:
-            less = "start anew with shorter documents or fewer questions"
-        raise OutOfMemory(
-            f"out of memory at documents: {recipe.documents}; {less}; `hyperlora plan` shows what fits"
-        ) from error
+        raise OutOfMemory(less) from error
 
 
 def cosine(rate: float, step: int, warmup: int, steps: int) -> float:

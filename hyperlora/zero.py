@@ -27,8 +27,8 @@ _SHARDS, _UNIVERSAL = "zero", "universal"
 class ZeroEngine(Engine):
     """ZeRO stages 1 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054) over the trained module.
 
-    Its checkpoints are DeepSpeed's own (they hold pickles). Those of another number of processes or another stage are
-    read after they were converted to DeepSpeed's universal checkpoint.
+    Its checkpoints are DeepSpeed's own (they hold pickles). Those of another number of processes, or of stage 1 at
+    stage 2 and the other way round, are read after they were converted to DeepSpeed's universal checkpoint.
 
     Args:
         settings: of DeepSpeed, already made to agree with the recipe.
@@ -63,6 +63,11 @@ class ZeroEngine(Engine):
             raise InputError(f"{checkpoint} was written without DeepSpeed; go on without --deepspeed")
         if found == self.layout:
             return _SHARDS
+        if 3 in (stages := {found["stage"], self.layout["stage"]}) and len(stages) > 1:
+            raise InputError(
+                f"{checkpoint} was written at ZeRO stage {found['stage']}, and DeepSpeed converts nothing between "
+                f"stage 3 and the others; go on at stage {found['stage']}"
+            )
         if (checkpoint / _UNIVERSAL).is_dir():
             return _UNIVERSAL
         what = f"{found['processes']} process(es) at ZeRO stage {found['stage']}"
@@ -126,6 +131,9 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         if settings.get(key, "auto") not in ("auto", value):
             raise InputError(f"{path}: {key} is {settings[key]}, the recipe says {value}; leave it out or say 'auto'")
     for key, instead in (
+        ("communication_data_type", "nothing: gradients are summed in float32"),
+        ("compression_training", "nothing: the hypernetwork is trained as it is"),
+        ("elasticity", "another number of processes and the universal checkpoint"),
         ("optimizer", "the recipe's learning_rate and weight_decay"),
         ("scheduler", "the recipe's warmup and steps"),
         ("bf16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
@@ -138,6 +146,8 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         found = settings.get(key)
         if found and not (isinstance(found, dict) and found.get("enabled") is False):
             raise InputError(f"{path}: {key} contradicts the recipe; leave it out and use {instead}")
+    if isinstance(kept := settings.get("checkpoint"), dict) and kept.get("load_universal"):
+        raise InputError(f"{path}: checkpoint.load_universal is set when it is needed; leave it out")
     chosen = settings.get("zero_optimization")
     stage = chosen.get("stage") if isinstance(chosen, dict) else None
     if stage not in (1, 2, 3):
@@ -146,8 +156,16 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
     return settings | decided | {"zero_force_ds_cpu_optimizer": False}
 
 
-def join() -> None:
-    """As `ranks.join`, and for a process that no launcher started a group of its own, which DeepSpeed wants."""
+def join(device: str | None = None) -> None:
+    """As `ranks.join`, and for a process that no launcher started a group of its own, which DeepSpeed wants.
+
+    Raises:
+        InputError: `device` is one GPU of several, of which DeepSpeed gives each process its own.
+    """
+    if device is not None and ":" in device:
+        raise InputError(f"--device {device}: DeepSpeed gives every process a GPU of its own; leave --device out")
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = _import()
     if "RANK" not in os.environ:
         with socket.socket() as free:

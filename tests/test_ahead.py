@@ -1,7 +1,9 @@
 """The process that draws ahead: equal items, and no run that hangs or loses its end because of it."""
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from hyperlora.data.ahead import ahead
 from hyperlora.errors import InputError, OutOfMemory
+
+psutil = pytest.importorskip("psutil")
 
 
 def numbers() -> Iterator[tuple[int, torch.Tensor]]:
@@ -47,6 +51,26 @@ def test_signals_that_end_a_run_leave_the_process_and_the_end_of_the_run_takes_i
     assert [next(items) for _ in range(30)] == [other] * 30
     items.close()
     assert os.waitpid(other, 0)[1] == signal.SIGKILL
+
+
+def test_the_process_ends_when_its_reader_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperlora.data.ahead._PATIENCE", 0.1)
+    context = multiprocessing.get_context("fork")
+    told, tell = context.Pipe(duplex=False)
+
+    def reading() -> None:
+        items = ahead(endless)
+        tell.send(next(items))
+        time.sleep(60)
+
+    reader = context.Process(target=reading)
+    reader.start()
+    worker = psutil.Process(told.recv())
+    assert worker.ppid() == reader.pid
+    reader.kill()
+    reader.join()
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_killed_process_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,19 @@ def test_a_document_becomes_a_patch_that_answers(generate: Run, run: Run, docume
     assert set(records[0]["answers"]) == {"none", "document", "patch"}
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")], ids=repr)
+def test_want_of_memory_is_one_line_anywhere(
+    generate: Run, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hyperlora.generator.Generator.factors", fail)
+    code, _, err = generate(document, "-o", tmp_path / "patch")
+    assert code == 1 and "out of memory; free some, or take a smaller base" in one_line(err)
+    assert not (tmp_path / "patch").exists()
+
+
 def test_inspect_and_compose(generate: Run, run: Run, document: Path, tmp_path: Path) -> None:
     generate(document, "-o", tmp_path / "one")
     generate("-", "-o", tmp_path / "two", stdin=TEXT[::-1].encode())

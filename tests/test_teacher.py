@@ -16,7 +16,7 @@ from hyperlora.data.items import Item, Question
 from hyperlora.data.sources import load
 from hyperlora.data.teacher import Taught, TeacherCorpus, teach
 from hyperlora.errors import InputError
-from hyperlora.objectives import Row, collate, cross_entropy, label_logits, reply_loss, state_distance
+from hyperlora.objectives import Row, collate, cross_entropy, label_logits, reply_loss, state_distance, state_spread
 from hyperlora.recipe import Recipe
 from hyperlora.student import Student
 
@@ -97,6 +97,12 @@ def test_folders_of_something_else_are_refused(base: BaseModel, items: list[Item
         teach(base, items, tmp_path / "t", top_k=3, max_new_tokens=4)
     with pytest.raises(InputError, match="not of"):
         TeacherCorpus(tmp_path / "t", make_base(seed=5))
+    half = make_base()
+    half.model.half()
+    assert half.fingerprint != base.fingerprint and len(TeacherCorpus(tmp_path / "t", half)) == 16
+    asked = [Item(item.id, item.text, (Question("Whose?", "Ours", ("Ours",)),)) for item in items]
+    with pytest.raises(InputError, match="another documents"):
+        teach(base, asked, tmp_path / "t", max_new_tokens=4)
     (tmp_path / "t" / "part-000001.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="is damaged"):
         TeacherCorpus(tmp_path / "t", base)
@@ -195,12 +201,16 @@ def test_a_certain_teacher_is_the_label(base: BaseModel) -> None:
 def test_the_distance_of_states_ignores_channels_that_are_large_everywhere() -> None:
     torch.manual_seed(0)
     teacher, noise = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
-    assert float(state_distance(teacher, teacher)) == 0
+    spread = state_spread(teacher)
+    assert float(state_distance(teacher, teacher, spread)) == 0
     large = teacher + torch.tensor([1000.0] + [0.0] * 7)
-    near, far = state_distance(teacher + 0.1 * noise, teacher), state_distance(large + 0.1 * noise, large)
+    near = state_distance(teacher + 0.1 * noise, teacher, spread)
+    far = state_distance(large + 0.1 * noise, large, state_spread(large))
     torch.testing.assert_close(near, far, rtol=1e-2, atol=1e-4)
     mean = teacher.mean(1, keepdim=True).expand_as(teacher)
-    assert float(state_distance(mean, teacher)) == pytest.approx(1.0)
+    assert float(state_distance(mean, teacher, spread)) == pytest.approx(6.0)  # one to a token
+    parts = [state_distance(mean[:, part], teacher[:, part], spread) for part in (slice(0, 1), slice(1, 6))]
+    assert float(sum(parts)) == pytest.approx(6.0)  # also token by token
 
 
 def test_the_teachers_hidden_states_are_those_of_the_document(recipe: Recipe, tmp_path: Path) -> None:

@@ -3,10 +3,13 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
+from hyperlora.activations import checkpoint_layers
 from hyperlora.base_model import BaseModel
 from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import Overlap
@@ -62,9 +65,11 @@ def test_training_lowers_the_loss(recipe: Recipe, tmp_path: Path, name: str) -> 
 
 
 def test_micro_batches_divide_by_all_labels(recipe: Recipe, tmp_path: Path) -> None:
-    """Gradients of two micro-batches of three documents equal those of one batch of six."""
+    """Gradients of two micro-batches of three documents, or of six of one, equal those of one batch of six, those from
+    a teacher's hidden states too."""
+    recipe.teacher.hidden, recipe.teacher.hidden_layers = 1.0, 2
     gradients = []
-    for documents, micro in ((6, 1), (3, 2)):
+    for documents, micro in ((6, 1), (3, 2), (1, 6)):
         changed = recipe.model_copy(update={"documents": documents, "micro_batches": micro, "clip": 1e9})
         run = trainer(changed, tmp_path / str(micro))
         assert isinstance(run.engine, PlainEngine)
@@ -72,10 +77,11 @@ def test_micro_batches_divide_by_all_labels(recipe: Recipe, tmp_path: Path) -> N
         run.engine.optimizer.register_step_pre_hook(
             lambda o, *_, c=caught: c.extend(p.grad.clone() for g in o.param_groups for p in g["params"])
         )
-        run.train_step()
+        assert run.train_step()["hidden"] > 0
         gradients.append(caught)
-    for one, two in zip(*gradients, strict=True):
-        assert (one - two).norm() < 2e-3 * one.norm() + 1e-6
+    for one, *others in zip(*gradients, strict=True):
+        for other in others:
+            assert (one - other).norm() < 2e-3 * one.norm() + 1e-6
 
 
 def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -177,6 +183,19 @@ def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: 
         start(recipe, tmp_path / "run", "x")
 
 
+def test_checkpointing_brings_no_dropout_of_the_layers_own() -> None:
+    """OPT's layers apply it by themselves, whenever they are in training mode."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16
+    )
+    model, ids = OPTForCausalLM(config).eval(), torch.arange(20)[None]
+    plain = model(ids).logits
+    checkpoint_layers(model)
+    assert config.dropout == 0.1 and all(block.training for block in model.model.decoder.layers)
+    torch.testing.assert_close(model(ids).logits, plain)
+
+
 @each_hypernet
 def test_checkpointing_changes_the_memory_and_not_the_gradient(recipe: Recipe, tmp_path: Path, name: str) -> None:
     """Layers run twice; dropout inside them stays off."""
@@ -248,15 +267,61 @@ def test_too_large_a_step_says_what_to_lower(recipe: Recipe, tmp_path: Path) -> 
         run.run()
     again = trainer(recipe, tmp_path / "run")
     assert again.resume() and again.step == 3
-    scored = trainer(recipe.model_copy(update={"checkpointing": True}), tmp_path / "scored")
-    scored._evaluate = lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))  # type: ignore[method-assign]
+
+
+def no_memory(*_: object, **__: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA")
+
+
+def test_what_cannot_be_lowered_is_not_named(recipe: Recipe, tmp_path: Path) -> None:
+    run = trainer(recipe.model_copy(update={"checkpointing": True}), tmp_path / "run")
+    run.train_step = no_memory  # type: ignore[method-assign]
     with pytest.raises(OutOfMemory) as found:
-        scored.run()
+        run.run()
     assert "checkpointing" not in str(found.value)
     alone = trainer(recipe.model_copy(update={"checkpointing": True, "documents": 1}), tmp_path / "alone")
-    alone._evaluate = scored._evaluate  # type: ignore[method-assign]
+    alone.train_step = no_memory  # type: ignore[method-assign]
     with pytest.raises(OutOfMemory, match="at documents: 1; start anew with shorter documents or fewer questions;"):
         alone.run()
+
+
+def test_an_evaluation_without_memory_says_what_it_takes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other settings than a step's."""
+    monkeypatch.setattr("hyperlora.training.score_controls", no_memory)
+    with pytest.raises(OutOfMemory, match="lower max_tokens, items or facts of the recipe's evaluation") as found:
+        trainer(recipe, tmp_path / "run").run()
+    assert "documents" not in str(found.value)
+
+
+def test_prompts_beyond_the_window_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.mix, recipe.beside = recipe.mix[:1], Beside(share=1.0)
+    base = make_base()
+    run = trainer(recipe, tmp_path / "run", base)
+    base.model.config.max_position_embeddings = 30
+    with pytest.raises(
+        InputError, match=r"\d+ tokens of a document and what is asked are beyond the window of tiny-llama, 30"
+    ):
+        run.train_step()
+
+
+def test_strengths_may_learn_more_slowly_from_now_on(recipe: Recipe, tmp_path: Path) -> None:
+    trainer(recipe, tmp_path / "plain").save()
+    recipe.strength_rate = 1e-2
+    trainer(recipe, tmp_path / "run").save()
+    slower = recipe.model_copy(update={"strength_rate": 1e-3, "learning_rate": 1e-4})
+    assert trainer(slower, tmp_path / "run").resume()
+    with pytest.raises(InputError, match="strength_rate differ"):
+        trainer(recipe, tmp_path / "plain").resume()
+
+
+def test_a_run_goes_on_in_another_precision_of_the_base(recipe: Recipe, tmp_path: Path) -> None:
+    base = make_base()
+    base.model.half()
+    assert base.fingerprint.weights is None
+    trainer(recipe, tmp_path / "run").save()
+    assert trainer(recipe, tmp_path / "run", base).resume()
 
 
 def test_a_run_goes_on_with_its_own_base_only(recipe: Recipe, tmp_path: Path) -> None:

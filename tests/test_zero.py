@@ -109,10 +109,33 @@ def test_zero_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_
     refused = launch(1, recipe_file, "-o", alone, *settings)
     _, err = refused.communicate()
     assert refused.returncode != 0
-    command = next(line for line in err.splitlines() if "hyperlora: error:" in line).split("convert it with: ")[1]
-    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
+    convert(err)
     finished(launch(1, recipe_file, "-o", alone, *settings))
     assert losses(alone) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_more_processes_at_another_stage_go_on_from_the_universal_checkpoint(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    start(recipe, tmp_path / "one", "tiny").run()
+    run, settings = tmp_path / "run", {n: ["--deepspeed", CONFIGS / f"zero{n}.json"] for n in (1, 2, 3)}
+    killed_after(4, run, launch(1, recipe_file, "-o", run, *settings[1]), one=False)
+    for stage in (2, 3):
+        refused = launch(2, recipe_file, "-o", run, *settings[stage])
+        _, err = refused.communicate()
+        assert refused.returncode != 0
+        if stage == 3:
+            assert "converts nothing between stage 3 and the others; go on at stage 1" in err
+        else:
+            convert(err)
+    finished(launch(2, recipe_file, "-o", run, *settings[2]))
+    assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def convert(err: str) -> None:
+    """Run the command that an error names."""
+    command = next(line for line in err.splitlines() if "hyperlora: error:" in line).split("convert it with: ")[1]
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("name", [name for name in HYPERNETS if name != "associative"])
@@ -206,6 +229,8 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
         ({"optimizer": {"type": "Adam"}}, "optimizer contradicts the recipe"),
         ({"bf16": {"enabled": True}}, "--dtype bfloat16"),
         ({"prescale_gradients": True}, "prescale_gradients contradicts the recipe"),
+        ({"communication_data_type": "fp16"}, "communication_data_type contradicts the recipe"),
+        ({"checkpoint": {"load_universal": True}}, "load_universal is set when it is needed"),
         ({"zero_optimization": {"stage": 7}}, "a stage of 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, "leave out --deepspeed"),
         ({"zero_optimization": True}, "a stage of 1, 2 or 3"),
@@ -239,6 +264,11 @@ def test_shipped_settings_are_valid(recipe: Recipe) -> None:
         "zero3": 3,
         "zero3_offload": 3,
     }
+
+
+def test_deepspeed_chooses_among_gpus() -> None:
+    with pytest.raises(InputError, match="a GPU of its own; leave --device out"):
+        zero.join("cuda:1")
 
 
 def test_micro_batches_must_fit_the_processes(recipe_file: Path, tmp_path: Path) -> None:

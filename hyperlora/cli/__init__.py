@@ -19,7 +19,7 @@ from hyperlora.cli.judge import judge
 from hyperlora.cli.plan import plan
 from hyperlora.cli.teach import teach
 from hyperlora.cli.train import train
-from hyperlora.errors import HyperloraError
+from hyperlora.errors import HyperloraError, out_of_memory
 
 _INTERRUPTED = "interrupted; what was finished is kept"
 
@@ -77,6 +77,10 @@ def guarded(command: Callable[[], object]) -> None:
         raise
     except OSError as error:
         fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail("out of memory; free some, or take a smaller base, --dtype bfloat16, fewer or shorter documents", 1)
 
 
 def fail(message: str, code: int) -> None:

@@ -50,7 +50,7 @@ def train(
     else:
         from hyperlora import zero
 
-        zero.join()
+        zero.join(device)
         settings = zero.read_settings(deepspeed, checked)
     loaded = loading.base_options(device, dtype, None, trust_remote_code)
     trainer = start(checked, output, recipe.stem, settings, **loaded)

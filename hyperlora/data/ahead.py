@@ -1,6 +1,7 @@
 """Have another process prepare what a GPU will read next, so that it does not wait for the tokenizer."""
 
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -31,7 +32,7 @@ def ahead(make: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
         return
     context = multiprocessing.get_context("fork")
     made: Any = context.Queue(_AHEAD)
-    worker = context.Process(target=_work, args=(make, made), daemon=True)
+    worker = context.Process(target=_work, args=(make, made, os.getpid()), daemon=True)
     worker.start()
     try:
         while True:
@@ -60,13 +61,26 @@ class _End:
         self.error = error
 
 
-def _work(make: Callable[[], Iterator[Any]], made: Any) -> None:
+def _work(make: Callable[[], Iterator[Any]], made: Any, reader: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end = _End()
     try:
         for item in make():
-            made.put(pickle.dumps(item))
+            _put(made, item, reader)
     except Exception as error:  # raised where the item is asked for
         end = _End(error)
-    made.put(pickle.dumps(end))
+    _put(made, end, reader)
+
+
+def _put(made: Any, item: Any, reader: int) -> None:
+    """Hand an item over; end this process when the one that reads was killed and cannot end it."""
+    content = pickle.dumps(item)
+    while True:
+        try:
+            made.put(content, timeout=_PATIENCE)
+        except queue.Full:
+            if os.getppid() != reader:
+                os._exit(1)
+        else:
+            return

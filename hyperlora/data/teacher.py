@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora import ranks
-from hyperlora.base_model import BaseModel
+from hyperlora.base_model import BaseModel, Fingerprint
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.evaluation.metrics import contains
@@ -67,7 +67,7 @@ class TeacherCorpus:
             settings = json.loads((folder / _SETTINGS).read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} holds no teacher's replies; make them with hyperlora teach") from error
-        if settings["fingerprint"] != vars(base.fingerprint):
+        if not base.fingerprint.same(Fingerprint(**settings["fingerprint"])):
             raise InputError(f"the replies in {folder} are of {settings['base']}, not of {base.name}; make new ones")
         self.top_k = int(settings["top_k"])
         self._held: dict[str, Taught] = {}
@@ -138,7 +138,7 @@ def teach(
         "top_k": top_k,
         "max_new_tokens": max_new_tokens,
         "phrased": phrased,
-        "documents": sha256("\0".join(item.text for item in asked).encode()),
+        "documents": sha256(json.dumps([[item.text, *map(vars, item.questions)] for item in asked]).encode()),
         "files": len(groups),
     }
     if ranks.own() == 0:  # or one process would find the folder that another is just making
@@ -219,5 +219,9 @@ def _write(path: Path, taught: dict[str, Taught]) -> None:
     }
     index = [[name, len(one.reply)] for name, one in taught.items()]
     partial = path.with_name(f".{path.name}")
-    save_file(tensors, partial, metadata={"index": json.dumps(index)})
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata={"index": json.dumps(index)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({error}); free some space and run the same command again") from error
