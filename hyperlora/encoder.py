@@ -15,7 +15,7 @@ from hyperlora.errors import InputError
 from hyperlora.hypernet.contract import Features, Pair, Reading
 from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
-from hyperlora.structure import Site, decoder_layers, hidden_of, text_config
+from hyperlora.structure import Site, context_window, decoder_layers, hidden_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 _OVERLAP = 64  # tokens, a sentence or two
@@ -49,7 +49,7 @@ class Encoder:
     def __init__(self, base: BaseModel, sites: list[Site], chunk_tokens: int = 2048, batch_tokens: int | None = None):
         self.base = base
         self.sites = sites
-        self.chunk_tokens = min(chunk_tokens, text_config(base.model).max_position_embeddings // 2)
+        self.chunk_tokens = min(chunk_tokens, context_window(base.model) // 2)
         self.overlap = min(_OVERLAP, self.chunk_tokens // 4)
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(base.device.type, BATCH_TOKENS["cpu"])
         self._inner, self._blocks = base.model.base_model, decoder_layers(base.model)[1]

@@ -25,6 +25,7 @@ from hyperlora.structure import (
     Site,
     attention_linears,
     attention_outputs,
+    context_window,
     find_sites,
     is_transposed,
     linears,
@@ -60,7 +61,8 @@ class Generator(nn.Module):
         return self.encoder.base
 
     def calibrate(self, texts: Sequence[str], tokens: int = 512) -> None:
-        """Measure the sites' statistics on generic `texts`, the first `tokens` of each."""
+        """Measure the sites' statistics on generic `texts`, the first `tokens` of each or what the base reads."""
+        tokens = min(tokens, context_window(self.base.model) - len(self.encoder.sink))
         ids = [self.encoder.sink + self.encoder.tokenize(text)[:tokens] for text in texts]
         calibrate(self.base, self.sites, self.statistics, ids, self.config.ridge)  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ from hyperlora.memory import Memory
 from hyperlora.patch import check_base
 from hyperlora.prompt import GAP, encode
 from hyperlora.session import Session
-from hyperlora.structure import text_config
+from hyperlora.structure import context_window
 
 _LEAST = 64  # tokens that a stream reads at once
 
@@ -83,7 +83,7 @@ class Reader(ABC):
         """Read a further token of every reply that has one; logits (those replies, vocabulary) of the next."""
 
     def _check(self, longest: int) -> None:
-        limit = text_config(self.base.model).max_position_embeddings
+        limit = context_window(self.base.model)
         if longest > limit:
             raise InputError(f"a prompt of {longest} tokens is beyond the model's window of {limit}")
 

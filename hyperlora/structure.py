@@ -1,6 +1,7 @@
 """Find what a patch needs in any causal language model, by its structure and config, never by a class or a name."""
 
 import inspect
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,6 +36,13 @@ class Site:
 def text_config(model: nn.Module) -> Any:
     """The part of the config that describes the decoder (multimodal configs nest it)."""
     return model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+
+
+def context_window(model: nn.Module) -> int:
+    """Longest sequence in tokens that the model reads; no bound where its positions have none, as with ALiBi."""
+    config = text_config(model)
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((found for name in names if (found := getattr(config, name, None))), sys.maxsize)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -25,7 +25,7 @@ from hyperlora.objectives import (
 )
 from hyperlora.prompt import document_ids, encode
 from hyperlora.recipe import Recipe
-from hyperlora.structure import decoder_layers, text_config
+from hyperlora.structure import context_window, decoder_layers
 
 # Tokens of text: what a continuation starts from, what a document's own text goes on for behind as many, and how many
 # of those nobody could tell.
@@ -89,7 +89,7 @@ class Student:
 
     def _fits(self, row: Row) -> Row:
         """Raises InputError where a row is beyond the base's window."""
-        window = text_config(self.base.model).max_position_embeddings
+        window = context_window(self.base.model)
         if (length := max(len(row.ids), len(row.told or ()))) > window:
             raise InputError(
                 f"{length} tokens of a document and what is asked are beyond the window of {self.base.name}, {window}; "

@@ -1,13 +1,22 @@
+import sys
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    MambaConfig,
+    MixtralConfig,
+    MptConfig,
+    PretrainedConfig,
+)
 
 from hyperlora.base_model import BaseModel
-from hyperlora.structure import UnsupportedBase, attention_outputs, find_sites, is_transposed
+from hyperlora.structure import UnsupportedBase, attention_outputs, context_window, find_sites, is_transposed
 
-from .conftest import make_base, make_generator
+from .conftest import TEXT, make_base, make_generator, make_tokenizer
 
 OUTPUTS = {
     "llama": "model.layers.2.mlp.down_proj",
@@ -17,6 +26,25 @@ OUTPUTS = {
     "phi3": "model.layers.2.mlp.down_proj",
     "gpt2": "transformer.h.2.mlp.c_proj",
 }
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (GPT2Config(vocab_size=400, n_embd=32, n_layer=4, n_head=4, n_positions=100), 100),
+        (MptConfig(vocab_size=400, d_model=32, n_layers=4, n_heads=4, max_seq_len=90), 90),
+        (BloomConfig(vocab_size=400, hidden_size=32, n_layer=4, n_head=4), sys.maxsize),
+    ],
+    ids=lambda found: getattr(found, "model_type", str(found)),
+)
+def test_positions_may_have_a_bound_or_none(config: PretrainedConfig, window: int) -> None:
+    """ALiBi has none; a generator reads and patches such bases as well."""
+    base = BaseModel("alibi", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    assert context_window(base.model) == window
+    patch, ids = make_generator(base).generate(TEXT), torch.tensor([[5, 6, 7]])
+    bare = base.model(ids).logits
+    patch.merge(base.model)
+    assert (base.model(ids).logits - bare).abs().max() > 1e-3
 
 
 def test_mlp_output_is_found_by_structure(any_base: BaseModel) -> None:

@@ -12,7 +12,7 @@ from hyperlora.errors import InputError
 from hyperlora.groups import padded_groups
 from hyperlora.objectives import Row, collate, label_logits
 from hyperlora.prompt import document_ids
-from hyperlora.structure import text_config
+from hyperlora.structure import context_window
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def text_nll(
     """
     bos = base.tokenizer.bos_token_id
     ids = [([] if bos is None else [bos]) + document_ids(base.tokenizer, text) for text in texts]
-    limit = getattr(text_config(base.model), "max_position_embeddings", None) or math.inf
+    limit = context_window(base.model)
     for number, row in enumerate(ids, 1):
         if len(row) > limit:
             raise InputError(f"text {number} has {len(row)} tokens, {base.name} reads {limit}; cut it into parts")

@@ -6,13 +6,13 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.prompt import GAP, document_ids, encode
-from hyperlora.structure import text_config
+from hyperlora.structure import context_window
 
 
 def check_window(name: str, items: Sequence[Item], base: BaseModel, max_new_tokens: int) -> None:
     """Raises InputError, which begins with `name`, when a document in the prompt, with a question and
     `max_new_tokens` of a reply or with the text that follows, is beyond the model's window."""
-    limit, tokenizer = text_config(base.model).max_position_embeddings, base.tokenizer
+    limit, tokenizer = context_window(base.model), base.tokenizer
     around = len(encode(tokenizer, base.prompt.prefix)) + len(encode(tokenizer, GAP))
     for item in items:
         asked = [

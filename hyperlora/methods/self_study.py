@@ -18,7 +18,7 @@ from hyperlora.methods.contract import Document, stable_seed
 from hyperlora.methods.summary import sentences
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
-from hyperlora.structure import text_config
+from hyperlora.structure import context_window
 
 # What the asking model reads before the document. A small model that is told to write a question writes about
 # questions, and one that goes on with a bare page of exercises leaves the page; shown how, it asks what the page says.
@@ -107,7 +107,7 @@ def study(
     runtime = Runtime(base, batch_tokens=49152)
     ids = document_ids(base.tokenizer, document.text)
     around = len(document_ids(base.tokenizer, base.prompt.prefix + EXAMPLES)) + _OPENING + _QUESTION + 8
-    window = text_config(base.model).max_position_embeddings
+    window = context_window(base.model)
     if window < around + _LEAST:
         raise InputError(f"{base.name} has a window of {window} tokens; self-study needs {around + _LEAST} at least")
     count = -(-len(ids) // min(chunk_tokens, window - around))
