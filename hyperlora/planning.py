@@ -219,7 +219,11 @@ def _config(name: str) -> Any:
 
 def _bare(config: Any, dtype: torch.dtype) -> BaseModel:
     """A base without data. Of its tokenizer only the first token matters, which a chunk starts with."""
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    build = partial(transformers.AutoModelForCausalLM.from_config, config, dtype=dtype)
+    try:
+        model = build(attn_implementation="sdpa")
+    except ValueError:  # an architecture that has none
+        model = build(attn_implementation="eager")
     tokenizer = Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>"))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
     return BaseModel("planned", model, fast)

@@ -12,8 +12,6 @@ import torch
 from hyperlora.data.ahead import ahead
 from hyperlora.errors import InputError, OutOfMemory
 
-psutil = pytest.importorskip("psutil")
-
 
 def numbers() -> Iterator[tuple[int, torch.Tensor]]:
     for number in range(20):
@@ -54,6 +52,7 @@ def test_signals_that_end_a_run_leave_the_process_and_the_end_of_the_run_takes_i
 
 
 def test_the_process_ends_when_its_reader_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil = pytest.importorskip("psutil")
     monkeypatch.setattr("hyperlora.data.ahead._PATIENCE", 0.1)
     context = multiprocessing.get_context("fork")
     told, tell = context.Pipe(duplex=False)

@@ -3,6 +3,7 @@
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,25 @@ def test_the_example_bases_can_be_planned(run: Run, path: Path) -> None:
     code, out, err = run("plan", "train/one_fact/associative.yaml", "--base", path, "--documents", "1", "--json")
     billions = float(path.stem.removesuffix("b"))
     assert code == 0 and 0.9 < json.loads(out)["base"] / 2e9 / billions < 1.3, err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 100}, "recurrent"),
+        ({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 4, "vocab_size": 100}, None),
+    ],
+    ids=["mamba", "mpt"],
+)
+def test_bases_without_fused_attention_are_planned_or_refused(
+    run: Run, recipe_file: Path, tmp_path: Path, fields: dict[str, Any], message: str | None
+) -> None:
+    (tmp_path / "base.json").write_text(json.dumps(fields))
+    code, out, err = run("plan", recipe_file, "--base", tmp_path / "base.json", "--documents", "1", "--json")
+    if message is None:
+        assert code == 0 and json.loads(out)["base"] > 0, err
+    else:
+        assert code == 5 and message in one_line(err) and not out
 
 
 def test_stages_share_out_what_they_say() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from hyperlora.base_model import BaseModel, load_base
 from hyperlora.data import teacher
@@ -83,6 +85,21 @@ def test_shares_and_stopped_runs_add_up(base: BaseModel, items: list[Item], tmp_
     with pytest.raises(InputError, match="holds 2 of 3 files"):
         TeacherCorpus(tmp_path / "t", base)
     assert teach(base, items, tmp_path / "t", max_new_tokens=4) == 1 and len(TeacherCorpus(tmp_path / "t", base)) == 16
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_file(
+    base: BaseModel, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(teacher, "save_file", full)
+    with pytest.raises(InputError, match=r"No space left on device.*; free some space"):
+        teach(base, items, tmp_path / "t", max_new_tokens=4)
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["teacher.json"]
+    monkeypatch.setattr(teacher, "save_file", save_file)
+    assert teach(base, items, tmp_path / "t", max_new_tokens=4) == 3
 
 
 def test_folders_of_something_else_are_refused(base: BaseModel, items: list[Item], tmp_path: Path) -> None:
