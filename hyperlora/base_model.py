@@ -253,7 +253,7 @@ def load_base(
     except Exception as error:  # the readers meet a damaged file with whatever they trip over first
         if out_of_memory(error):
             raise _no_memory(name, dtype, where) from error
-        raise BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{_advice(name, source)}") from error
+        raise _unreadable(name, source, error) from error
     if quantize is None:
         try:
             model.to(where)
@@ -262,6 +262,24 @@ def load_base(
                 raise _no_memory(name, dtype, where) from error
             raise InputError(f"the device {where} cannot be used: {_line(error)}; choose another --device") from error
     return base
+
+
+def check_base(name: str) -> None:
+    """Look for a base, a directory's or the hub's, by its config and tokenizer alone; a GGUF file is converted.
+
+    Raises:
+        BaseNotFound: `load_base` would not find or read them either.
+    """
+    source = locate(name)
+    try:
+        transformers.AutoConfig.from_pretrained(source)
+        transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as in `load_base`
+        raise _unreadable(name, source, error) from error
+
+
+def _unreadable(name: str, source: str, error: BaseException) -> BaseNotFound:
+    return BaseNotFound(f"cannot load base model {name!r}: {_line(error)}{_advice(name, source)}")
 
 
 def _no_memory(name: str, dtype: torch.dtype, where: torch.device) -> OutOfMemory:

@@ -8,7 +8,7 @@ sentinel tokens, local and scattered attention are all layouts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,10 +18,28 @@ from hyperlora.session import Session
 
 FOREVER = 2**40
 
-# Lays out token ids, of which those in the range are the context. The last id may stand for a token that is not known
-# yet, and what comes before it must not depend on it: then a longer sequence has the layout of a shorter one as its
-# start, and the last token's predictor is what decodes. Every token behind the context must be predicted.
-Rule = Callable[[Sequence[int], range], "Layout"]
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a rule lays out.
+
+    Attributes:
+        ids: the last one may stand for a token that is not known yet.
+        context: which of them are the context.
+        reply: number of the first one of the reply.
+        states: (read, d_model) final hidden states of what the layout has read already, by place.
+    """
+
+    ids: Sequence[int]
+    context: range
+    reply: int
+    states: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+
+
+# Lays out tokens. What comes before the last one must not depend on it: then a longer sequence has the layout of a
+# shorter one as its start, and the last token's predictor is what decodes. Every token behind the context must be
+# predicted. What a rule inserts behind a token may depend on the state of that token and of those before it.
+Rule = Callable[[Tokens], "Layout"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +48,8 @@ class Layout:
 
     Attributes:
         ids: (n,); ids from the vocabulary's end on are new tokens of the shared state.
-        positions: (n,) absolute positions; they may repeat (sentinels) but not fall.
+        positions: (n,) absolute positions; they may repeat (sentinels) and fall (text that goes on behind compressed
+            memory as if that were not there).
         visible: (n, n) bool, row sees column; ANDed with the causal order. A token always sees itself.
         predicts: (n,) place of the token that this token's output is scored on, -1 for none.
         gate: (n,) scale of the shared adapter.
@@ -63,10 +82,10 @@ class Layout:
         shapes = {name: tuple(getattr(self, name).shape) for name in ("positions", "predicts", "gate", "kept")}
         if any(shape != (n,) for shape in shapes.values()) or self.visible.shape != (n, n):
             raise ValueError(f"a layout of {n} tokens has {shapes} and sight {tuple(self.visible.shape)}")
-        if bool((self.positions.diff() < 0).any()):
-            raise ValueError("positions of a layout may not fall")
-        wrong = (self.predicts >= 0) & (self.predicts <= torch.arange(n))
-        if bool(wrong.any()) or int(self.predicts.max()) >= n:
+        if bool((self.positions < 0).any()):
+            raise ValueError("positions of a layout may not be negative")
+        wrong = (self.predicts >= 0) & (self.predicts <= torch.arange(n)) | (self.predicts >= n)
+        if bool(wrong.any()):
             raise ValueError("a token of a layout predicts one that does not come after it")
 
     @property
@@ -74,17 +93,17 @@ class Layout:
         """Ids (scored tokens,) that the predicting tokens are scored on, in their order."""
         return self.ids[self.predicts[self.predicts >= 0]]
 
-    @property
-    def sight(self) -> Tensor:
-        """(n, n) bool: `visible` within the causal order, every token seeing itself."""
-        n = len(self.ids)
-        return (self.visible | torch.eye(n, dtype=torch.bool)).tril()
+    def seen_by(self, places: Tensor) -> Tensor:
+        """(places, n) bool: `visible` within the causal order, every token seeing itself."""
+        all_places, own = torch.arange(len(self.ids)), places[:, None]
+        return (self.visible[places] & (all_places < own)) | (all_places == own)
 
     @property
     def freed_after(self) -> Tensor:
         """(n,) place of the last token that sees each token; FOREVER for those that are kept."""
-        last = (self.sight * torch.arange(len(self.ids))[:, None]).amax(0)
-        return torch.where(self.kept, FOREVER, last)
+        n = len(self.ids)
+        from_the_end = self.seen_by(torch.arange(n).flip(0)).view(torch.uint8)
+        return torch.where(self.kept, FOREVER, n - 1 - from_the_end.argmax(0)) if n else self.positions
 
 
 def run_masked(session: Session, layouts: Sequence[Layout], side: Literal["left", "right"] = "right") -> list[Tensor]:
@@ -107,7 +126,7 @@ def run_masked(session: Session, layouts: Sequence[Layout], side: Literal["left"
         n = len(layout.ids)
         start = width - n if side == "left" else 0
         places[row, start : start + n] = torch.arange(n)
-        visible[row, start : start + n, start : start + n] = layout.sight
+        visible[row, start : start + n, start : start + n] = layout.seen_by(torch.arange(n))
     wanted = padded("predicts", -1) >= 0
     logits = session.feed(
         padded("ids", 0),
@@ -126,11 +145,17 @@ class Stream:
     Args:
         session: fresh.
         least: tokens in a piece at least, where freeing at once would make pieces of single tokens.
+        most: and at most, which bounds the size of the attention mask.
     """
 
-    def __init__(self, session: Session, rows: int, least: int = 1):
-        self.session, self.least = session, least
+    def __init__(self, session: Session, rows: int, least: int = 1, most: int = 1024):
+        self.session, self.least, self.most = session, min(least, most), most
         self._read: list[list[int]] = [[] for _ in range(rows)]
+        self._states: list[list[Tensor]] = [[] for _ in range(rows)]
+
+    def states(self, row: int) -> Tensor:
+        """Final hidden states (read, d_model), by place."""
+        return torch.cat(self._states[row]) if self._states[row] else torch.empty(0, 0)
 
     def advance(self, layouts: Sequence[Layout], ends: Sequence[int]) -> list[Tensor]:
         """Read every layout up to its place `ends`; logits (scored tokens, vocabulary) of what is read now.
@@ -162,6 +187,7 @@ class Stream:
 
     def _stop(self, freed: Tensor, start: int, end: int) -> int:
         """Where the piece ends: behind the first token, `least` tokens on, that is the last to see another."""
+        end = min(end, start + self.most)
         stops = freed[(freed + 1 >= start + self.least) & (freed + 1 < end)] + 1
         return int(stops.min()) if len(stops) else end
 
@@ -178,7 +204,7 @@ class Stream:
             ids[row, :count], positions[row, :count] = layout.ids[here], layout.positions[here]
             places[row, :count], gate[row, :count] = here, layout.gate[here]
             wanted[row, :count] = layout.predicts[here] >= 0
-            sight = layout.sight[here]
+            sight = layout.seen_by(here)
             visible[row, :count, : held.shape[1]] = sight[:, held[row].clamp(min=0)]
             visible[row, :count, held.shape[1] : held.shape[1] + count] = sight[:, here]
         logits = session.feed(
@@ -189,6 +215,8 @@ class Stream:
             visible=visible.to(device),
             gate=gate.to(device),
         )
+        for states, hidden, piece in zip(self._states, session.hidden, pieces, strict=True):
+            states.append(hidden[: len(piece)])
         return list(logits.split(wanted.sum(1).tolist()))
 
 

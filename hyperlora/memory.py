@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from hyperlora.base_model import BaseModel
+from hyperlora.layout import Tokens
 from hyperlora.patch import Patch
 from hyperlora.shared_state import SharedState
 
@@ -78,7 +79,8 @@ class Memory:
         the slot."""
         soft = 0 if self.soft is None else len(self.soft)
         if self.shared is not None and self.shared.rule is not None:
-            text = int(self.shared.rule(self.text, range(len(self.text))).kept.sum())
+            tokens = Tokens(self.text, range(len(self.text)), len(self.text))
+            text = int(self.shared.rule(tokens).kept.sum())
         else:
             text = len(self.text)
         kv = 0 if self.kv is None else self.kv.elements

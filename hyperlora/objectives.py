@@ -79,15 +79,18 @@ def collate(rows: list[Row], device: torch.device) -> Batch:
 
 
 @contextmanager
-def only_positions(model: Any, positions: Tensor) -> Iterator[None]:
-    """Inside the block the output layer sees only `positions` (rows, tokens): it is most of a small model's cost."""
+def only_positions(model: Any, positions: Tensor) -> Iterator[list[Tensor]]:
+    """Inside the block the output layer sees only `positions` (rows, tokens): it is most of a small model's cost. Gives
+    a list that gets the final hidden states (rows, tokens, d_model) of every forward pass."""
+    found: list[Tensor] = []
 
     def select(_: nn.Module, args: tuple) -> tuple:
+        found.append(args[0])
         return (args[0][positions],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        yield found
     finally:
         handle.remove()
 

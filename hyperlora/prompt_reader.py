@@ -12,7 +12,7 @@ from torch import Tensor
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.inject import stack_patches
-from hyperlora.layout import Layout, Rule, Stream, run_masked
+from hyperlora.layout import Layout, Rule, Stream, Tokens
 from hyperlora.memory import Memory
 from hyperlora.patch import check_base
 from hyperlora.prompt import GAP, encode
@@ -212,29 +212,37 @@ class PlainReader(Reader):
 
 
 class LayoutReader(Reader):
-    """Text that a rule lays out: scored in one masked pass, generated piece by piece with what is not needed freed."""
+    """Text that a rule lays out, read piece by piece with what is not needed freed.
+
+    A rule by states lays out a reply token by token, for it needs the state of each to say what comes behind it.
+    """
 
     def __init__(self, base: BaseModel, memories: Sequence[Memory], prompts: Sequence[Prompt], chunk: int):
         super().__init__(base, memories, prompts, chunk)
         assert memories[0].shared is not None and memories[0].shared.rule is not None
         self.rule: Rule = memories[0].shared.rule
+        self.by_state = memories[0].shared.by_state
         if any(memory.kv is not None or memory.soft is not None for memory in memories):
             raise InputError("a rule lays out text; it cannot go with stored keys and values or a soft prompt")
         self.rows = [
             [*self.prefix, *memory.text, *(self.gap if memory.text and prompt.gap else []), *prompt.ids]
             for memory, prompt in zip(memories, prompts, strict=True)
         ]
-        self.stream = Stream(self.session, len(memories), _LEAST)
+        self.before = [len(row) for row in self.rows]
+        self.stream = Stream(self.session, len(memories), _LEAST, chunk)
 
     def replies(self) -> list[Tensor]:
-        layouts = self._layouts([prompt.reply for prompt in self.prompts])
-        found = []
-        for logits, layout, prompt in zip(run_masked(self.session, layouts), layouts, self.prompts, strict=True):
-            count = len(prompt.reply)
-            if layout.targets[-count:].tolist() != prompt.reply:
-                raise InputError("nothing stands before the text to score, or its layout does not predict all of it")
-            found.append(logits[-count:])
-        return found
+        asked = [prompt.reply for prompt in self.prompts]
+        if not self.by_state:
+            layouts = self._layouts(asked)
+            return self.stream.advance(layouts, [len(layout.ids) for layout in layouts])
+        found = [[logits] for logits in self.begin()]
+        for number in range(1, max(map(len, asked))):
+            tokens = [reply[number - 1] if number < len(reply) else None for reply in asked]
+            going = [row for row, token in zip(found, tokens, strict=True) if token is not None]
+            for row, logits in zip(going, self.go_on(tokens), strict=True):
+                row.append(logits)
+        return [torch.stack(row[: len(reply)]) for row, reply in zip(found, asked, strict=True)]
 
     def begin(self) -> Tensor:
         return self._advance(range(len(self.rows)))
@@ -246,14 +254,25 @@ class LayoutReader(Reader):
 
     def _advance(self, rows: Sequence[int]) -> Tensor:
         """Read all that comes before the next token."""
-        layouts = self._layouts([[0]] * len(self.rows))
+        further = [[0]] * len(self.rows)
+        layouts = self._layouts(further)
         found = self.stream.advance(layouts, [len(layout.ids) - 1 for layout in layouts])
-        return torch.stack([found[row][-1] for row in rows])
+        if self.by_state:  # the newest token's state is known now, and with it what comes behind
+            layouts = self._layouts(further)
+            self.stream.advance(layouts, [len(layout.ids) - 1 for layout in layouts])
+        return torch.cat([found[row] for row in rows])
 
     def _layouts(self, further: Sequence[list[int]]) -> list[Layout]:
+        """Layouts of all that is known and what is to be predicted, of which alone logits are wanted."""
         layouts = []
-        for row, more, memory in zip(self.rows, further, self.memories, strict=True):
-            start = len(self.prefix)
-            layouts.append(self.rule(row + more, range(start, start + len(memory.text))))
-        self._check(max(int(layout.positions[-1]) + 1 for layout in layouts))
+        for number, (row, more, memory) in enumerate(zip(self.rows, further, self.memories, strict=True)):
+            context = range(len(self.prefix), len(self.prefix) + len(memory.text))
+            layout = self.rule(Tokens([*row, *more], context, self.before[number], self.stream.states(number)))
+            predicting = (layout.predicts >= 0).nonzero().flatten()[-len(more) :] if more else torch.empty(0).long()
+            predicts = torch.full_like(layout.predicts, -1)
+            predicts[predicting] = layout.predicts[predicting]
+            layouts.append(replace(layout, predicts=predicts))
+            if layouts[-1].targets.tolist() != more:
+                raise InputError("nothing stands before the text to score, or its layout does not predict all of it")
+        self._check(max(int(layout.positions.max()) + 1 for layout in layouts))
         return layouts

@@ -58,11 +58,20 @@ def read_lines(path: Path) -> Iterator[str]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
+def half_character(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair: JSON can spell it, but no file and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
     """What the lines of a JSONL file hold, blank ones left out: line number, "file, line n" for messages, and value.
 
     Raises:
-        InputError: as `read_lines`, and where a line is not JSON.
+        InputError: as `read_lines`, and where a line is not JSON, or JSON that cannot be read.
     """
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -72,3 +81,7 @@ def read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
             yield number, where, json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+        except ValueError as error:  # Python refuses more than 4,300 digits
+            raise InputError(f"{where}: a whole number has too many digits to be read; shorten it") from error
+        except RecursionError as error:
+            raise InputError(f"{where}: lists or objects are nested too deeply to be read; flatten them") from error

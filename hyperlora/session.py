@@ -29,13 +29,17 @@ class Session:
 
     Every cached row of K/V knows the place of its token in the sequence (`places`, -1 where a row is empty) and the
     absolute position it was computed at (`positions`), so that dropping rows changes neither. Masks are built from
-    both, one per layer type: a sliding window counts positions, not rows.
+    both, one per layer type: a sliding window counts positions, not rows. `hidden` are the final hidden states (rows,
+    tokens, d_model) of what was fed last, as the output layer sees them.
 
     Args:
         rows: sequences in the batch.
         factors, patch_rows: patches, one per sequence; see `inject`.
         shared: trained state that all sequences share; its adapter acts where the gate says.
         cached: keep K/V for later pieces; False for a single pass under activation checkpointing.
+
+    Raises:
+        UnsupportedBase: attention that is neither full nor a sliding window, or a base that takes no positions.
     """
 
     def __init__(
@@ -55,6 +59,12 @@ class Session:
         # Models with code of their own, and transformers before 5.24, say `past_key_values`.
         known = signature(base.model.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
+        if "position_ids" not in known:  # such as those that weigh distances in the cache (ALiBi)
+            kind = text_config(base.model).model_type
+            raise UnsupportedBase(
+                f"{kind} cannot be told the positions of its tokens, which memories keep; use a base with rotary or "
+                "learned positions"
+            )
         self._gate = TokenGate()
         self._block = ExitStack()
         self.places = torch.empty(rows, 0, dtype=torch.long, device=base.device)
@@ -62,6 +72,7 @@ class Session:
         # Where each sequence goes on, whatever is freed.
         self.next_place = torch.zeros(rows, dtype=torch.long, device=base.device)
         self.next_position = torch.zeros(rows, dtype=torch.long, device=base.device)
+        self.hidden = torch.empty(rows, 0, 0, device=base.device)
 
     def __enter__(self) -> Session:
         self._used = self.base.attention
@@ -200,7 +211,7 @@ class Session:
         itself = torch.zeros_like(seen[0])
         itself[:, before:] = torch.eye(tokens, dtype=torch.bool, device=seen.device)
         self._gate.value = gate
-        with only_positions(self.base.model, wanted):
+        with only_positions(self.base.model, wanted) as found:
             output = self.base.model(
                 inputs_embeds=embedded,
                 attention_mask=self._masks(seen, positions, itself & (places < 0)[:, :, None]),
@@ -208,6 +219,7 @@ class Session:
                 use_cache=self._cache is not None,
                 **{self._cache_name: self._cache},
             )
+        (self.hidden,) = found
         return output.logits.float()
 
     def _masks(self, seen: Tensor, positions: Tensor, itself: Tensor) -> Any:

@@ -11,10 +11,31 @@ from pydantic import ValidationError
 from hyperlora.errors import InputError, nearest
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which every key of a mapping stands once: of several, PyYAML would take the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    where = f"{self.name}, line {line}"
+                    raise InputError(f"{where}: the key {key.value!r} stands in line {lines[name]} already; remove one")
+                lines[name] = line
+        return node
+
+
 def read_yaml(path: Path, kind: str) -> Any:
-    """The content of a YAML file, a `kind` of file for the error message. Raises InputError when it cannot be read."""
+    """The content of a YAML file, a `kind` of file for the error message.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or has a key twice (file, line and key are named).
+    """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, _Loader)
     except OSError as error:
         raise InputError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -35,6 +35,7 @@ class SharedState:
         gated: the adapter acts at new tokens only; else everywhere.
         extra_elements: numbers kept elsewhere, such as a hypernetwork's.
         rule: lays out every prompt with its context and its reply; None for ordinary text. Code, hence not saved.
+        by_state: what the rule inserts behind a token of the reply depends on hidden states.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SharedState:
     gated: bool = False
     extra_elements: int = 0
     rule: Rule | None = field(default=None, repr=False)
+    by_state: bool = False
 
     @property
     def elements(self) -> int:

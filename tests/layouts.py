@@ -43,33 +43,29 @@ def sentinel(ids: list[int], start: int, end: int, left: int, right: int) -> Lay
     return Layout(torch.tensor(sequence), positions, visible, predicts, gate, kept)
 
 
-def compressed(chunks: list[list[int]], comp: int, prompt: list[int], recursive: bool = True) -> Layout:
-    """c1 COMP c2 COMP ... prompt: a chunk and its COMP see earlier COMPs only when `recursive`, the prompt sees them
-    all (CCM concat, Kim et al. 2024). COMP takes the position after its chunk; real tokens count on
-    as if it were not there."""
+def compressed(chunks: list[list[int]], comps: list[int], prompt: list[int], recursive: bool = True) -> Layout:
+    """c1 COMPs c2 COMPs ... prompt: a chunk and its COMPs see earlier COMPs only when `recursive`, the prompt sees them
+    all (CCM concat, Kim et al. 2024). COMPs take the positions after their chunk; real tokens count on as if they were
+    not there, so that with several of them positions fall."""
     ids: list[int] = []
     segment: list[int] = []  # chunk number of every token
     positions: list[int] = []
-    is_comp: list[bool] = []
     read = 0
     for number, chunk in enumerate([*chunks, prompt]):
-        ids += chunk
-        positions += range(read, read + len(chunk))
+        new = comps if number < len(chunks) else []
+        ids += [*chunk, *new]
+        positions += range(read, read + len(chunk) + len(new))
+        segment += [number] * (len(chunk) + len(new))
         read += len(chunk)
-        if number < len(chunks):
-            ids.append(comp)
-            positions.append(read)
-        size = len(chunk) + (number < len(chunks))
-        segment += [number] * size
-        is_comp += [False] * len(chunk) + [True] * (size - len(chunk))
     own = torch.tensor(segment)[:, None] == torch.tensor(segment)[None]
     last = torch.tensor(segment)[:, None] == len(chunks)
-    comps = torch.tensor(is_comp)
-    visible = own | (comps[None] & (last | torch.tensor(recursive)))
+    is_comp = torch.isin(torch.tensor(ids), torch.tensor(comps))
+    visible = own | (is_comp[None] & (last | torch.tensor(recursive)))
     n, start = len(ids), len(ids) - len(prompt)
     predicts = torch.full((n,), -1)
     predicts[start : n - 1] = torch.arange(start + 1, n)
-    return Layout(torch.tensor(ids), torch.tensor(positions), visible, predicts, comps.float(), comps | last.squeeze(1))
+    kept = is_comp | last.squeeze(1)
+    return Layout(torch.tensor(ids), torch.tensor(positions), visible, predicts, is_comp.float(), kept)
 
 
 def local(ids: list[int], window: int) -> Layout:
@@ -88,20 +84,23 @@ def scattered(ids: list[int], ratio: float, seed: int) -> Layout:
     return Layout(plain.ids, plain.positions, visible, plain.predicts, plain.gate, shown)
 
 
-def compressing(ids: list[int], every: int, comp: int) -> Layout:
-    """A COMP after every so many tokens, in the document and in what is decoded: later tokens see it in their place.
-    It takes the position after its chunk, as the next token does."""
+def placed(ids: list[int], after: set[int], comp: int, start: int = 0) -> Layout:
+    """A COMP behind each of the tokens `after`, in whose place later tokens see it: in that of all since the one
+    before, from `start` on. It takes the position after its chunk, as the next token does."""
     sequence, positions, segment, real = [], [], [], []
+    number = 0
     for index, token in enumerate(ids):
-        for new in [False, True][: 1 + (index % every == every - 1 and index + 1 < len(ids))]:
+        for new in [False, True][: 1 + (index in after and index + 1 < len(ids))]:
             sequence.append(comp if new else token)
             positions.append(index + new)
-            segment.append(index // every)
+            segment.append(number if index >= start else -1)
             real.append(not new)
+        number += index in after
     segments, comps = torch.tensor(segment), ~torch.tensor(real)
-    visible = (segments[:, None] == segments[None]) | comps[None]
+    own = segments[:, None] == segments[None]
+    visible = own | comps[None] | (segments[None] < 0)
     predicts = torch.full((len(sequence),), -1)
     places = (~comps).nonzero().flatten()
     predicts[places[:-1]] = places[1:]
-    kept = comps | (segments == segments[-1])
+    kept = comps | (segments == segments[-1]) | (segments < 0)
     return Layout(torch.tensor(sequence), torch.tensor(positions), visible, predicts, comps.float(), kept)

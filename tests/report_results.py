@@ -63,6 +63,8 @@ def make_results() -> dict[str, Any]:
         "base": {"name": "SmolLM2-135M", "fingerprint": {"weights": "ab12cd", "layers": 30}, "dtype": "torch.float32"},
         "machine": {"python": "3.11.7", "device": "cpu"},
         "seeds": [0, 1],
+        "costs": {"task": "facts", "documents": 3, "tokens": 16},
+        "unrelated": {"source": "wikitext2_test", "tokens": 256, "windows": 41, "behind": "<s>user\n"},
         "tasks": {
             task: {"kind": "answers", "metrics": metrics, "documents": 40, "questions": 77, "settings": {"facts": 2}}
             for task, metrics in METRICS.items()
@@ -71,6 +73,7 @@ def make_results() -> dict[str, Any]:
             method: {
                 "name": method.replace(" ", "_"),
                 "settings": {"rank": 16, "match": "generator"},
+                "seeds": [4, 5] if method == "random eviction" else [],
                 "summary": f"What {method} does.",
                 "stored_bytes": resident / 2,
                 "resident_bytes": resident,
@@ -84,8 +87,12 @@ def make_results() -> dict[str, Any]:
                     "token_milliseconds": 34.5,
                     "peak_mib": 1234.4,
                     "answer_peak_mib": 123.4,
+                    "while_counted": (compiling or 0) >= 60,
                 },
-                "break_even": {"re-prefilling": 12.34, "cached KV": None},
+                "break_even": {
+                    "re-prefilling": [12.34, None],
+                    "cached KV": [0.0, 4.56] if method == "full" else None,
+                },
             }
             for method, (resident, compiling, _) in METHODS.items()
         },
@@ -96,7 +103,9 @@ def make_results() -> dict[str, Any]:
             {"task": "books", "method": "summary", "metric": metric, "reason": "swapped is not clearly worse"}
             for metric in ("nll", "f1")
         ],
-        "forgetting": [{"method": "generator", "measure": "loss", "unit": "nats per token", **row(rng, 0.064)}],
+        "forgetting": [
+            {"method": "generator", "measure": "loss", "unit": "nats per token", "documents": 41, **row(rng, 0.064)}
+        ],
         "by_tag": by_tag,
         "curves": [
             {

@@ -1,4 +1,6 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 import transformers
 
 from hyperlora import base_model
-from hyperlora.base_model import BaseNotFound, chosen_device, default_device, fingerprint, load_base
+from hyperlora.base_model import BaseNotFound, check_base, chosen_device, default_device, fingerprint, load_base
 from hyperlora.errors import InputError, OutOfMemory
 
 from .conftest import TEXT, Run, make_base, one_line
@@ -36,9 +38,20 @@ def test_fingerprint_survives_bfloat16_and_notices_other_weights() -> None:
         ("missing.gguf", "no such file"),
     ],
 )
-def test_unknown_bases_say_what_is_wrong(name: str, message: str) -> None:
-    with pytest.raises(BaseNotFound, match=message):
-        load_base(name)
+@pytest.mark.parametrize("look", [load_base, check_base])
+def test_unknown_bases_say_what_is_wrong(name: str, message: str, look: Callable[[str], object]) -> None:
+    with pytest.raises(BaseNotFound, match=message) as caught:
+        look(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_base_is_looked_for_by_config_and_tokenizer(tiny_dirs: tuple[str, str], tmp_path: Path, file: str) -> None:
+    shutil.copytree(tiny_dirs[0], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    check_base(str(tmp_path / "base"))
+    (tmp_path / "base" / file).write_text("{")
+    with pytest.raises(BaseNotFound, match="check that its files are whole"):
+        check_base(str(tmp_path / "base"))
 
 
 def test_missing_default_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,5 +139,7 @@ def test_evaluate_on_files(run: Run, recipe: Recipe, tmp_path: Path, tiny_dirs: 
     assert code == 3 and "no data file" in one_line(err)
     code, _, err = run(*arguments, "--needles", "200,many")
     assert code == 3 and "'many' is no number of tokens" in one_line(err)
+    code, _, err = run(*arguments, "--needles", "200,300", "--items", "25")
+    assert code == 3 and "needles: 25 items cannot fill 10 pairs" in one_line(err) and "take 20 or 30" in one_line(err)
     code, _, err = run(*arguments, "--facts", "1", "--output", tmp_path / "no" / "result.json")
     assert code == 3 and "make it first" in one_line(err)

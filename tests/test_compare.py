@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound
+from hyperlora.compare.costs import measure_costs
 from hyperlora.compare.experiment import read_experiment
 from hyperlora.compare.reply_scores import _reader
 from hyperlora.compare.run import Comparison
@@ -19,7 +20,7 @@ from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.evaluation.gain import recovered_gain
 from hyperlora.memory import Memory
-from hyperlora.methods import METHODS
+from hyperlora.methods import METHODS, Method
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
 
@@ -47,6 +48,10 @@ def test_a_comparison_holds_its_controls(experiment: Path, base: BaseModel, tmp_
     assert methods["full"]["effective_ratio"] == pytest.approx(1)
     assert methods["patch"]["shared_bytes"] > 0 and methods["full"]["compile_flops"] == 0
     assert {row["method"] for row in found["forgetting"]} == {"patch"}
+    source = str(tmp_path / "unrelated.jsonl")
+    assert found["unrelated"] == {"source": source, "tokens": 256, "windows": 3, "behind": base.prompt.prefix}
+    assert found["costs"] == {"task": "notes", "documents": 1, "tokens": 3}
+    assert methods["evicted"]["seeds"] == [0, 1] and methods["patch"]["seeds"] == []
     forgotten = {row["measure"]: row["mean"] for row in found["forgetting"]}
     ratio = [forgotten[f"perplexity on unrelated text, {state}"] for state in ("patched", "bare")]
     assert forgotten["loss on unrelated text, patch on minus bare"] == pytest.approx(math.log(ratio[0] / ratio[1]))
@@ -166,6 +171,27 @@ def test_the_cached_document_is_found_whatever_its_label_is(experiment: Path, ba
     compared(experiment, base, tmp_path / "out").report("")
     methods = results(tmp_path / "out")["methods"]
     assert methods["patch"]["break_even"]["cached KV"] is not None
+    assert methods["full"]["break_even"]["cached KV"] is None  # one question costs as much already
+
+
+def test_costs_of_a_random_method_are_those_of_its_first_seed(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def measure(method: Method, *given: Any) -> dict[str, Any]:
+        measured.append((method.name, method.seed))
+        return measure_costs(method, *given)
+
+    monkeypatch.setattr("hyperlora.compare.run.measure_costs", measure)
+    text = experiment.read_text()
+    compared(experiment, base, tmp_path / "out").report("x")
+    assert len(measured) == 6
+    for seeds, again in (("[0]", []), ("[4]", [("random_eviction", 4)]), ("[4, 1]", [])):
+        measured.clear()
+        experiment.write_text(text.replace("random_eviction,", f"random_eviction, seeds: {seeds},"))
+        compared(experiment, base, tmp_path / "out").report("x")
+        assert measured == again
 
 
 def test_a_slow_method_may_have_seeds_of_its_own(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
@@ -228,6 +254,7 @@ training: {{patch: {log}}}
     )
     other, loads = make_base(seed=5), []
     monkeypatch.setattr("hyperlora.compare.reply_scores.load_base", lambda name, **_: loads.append(name) or other)
+    monkeypatch.setattr("hyperlora.compare.reply_scores.check_base", lambda _: None)
     comparison = compared(experiment, base, tmp_path / "out")
     comparison.report("x")
     found = results(tmp_path / "out")
@@ -262,6 +289,7 @@ def test_a_reader_whose_files_have_changed_reads_again(
     experiment.write_text(experiment.read_text() + f"\nreaders: {{other: {reader}}}\n")
     other = make_base(seed=5)
     monkeypatch.setattr("hyperlora.compare.reply_scores.load_base", lambda name, **_: loads.append(name) or other)
+    monkeypatch.setattr("hyperlora.compare.reply_scores.check_base", lambda _: None)
     comparison = compared(experiment, base, tmp_path / "out")
     for weights, read in (("one", 1), ("one", 1), ("two", 2)):
         (reader / "model.safetensors").write_text(weights)

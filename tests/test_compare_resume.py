@@ -1,6 +1,8 @@
 """A comparison that was stopped, killed, cut into shards or changed."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from hyperlora.compare.cache import Cache
 from hyperlora.compare.experiment import read_experiment
 from hyperlora.compare.run import Comparison
 from hyperlora.errors import InputError
+from hyperlora.memory import Memory
 from hyperlora.methods import METHODS
 
 from .comparisons import compared, results
@@ -93,6 +96,33 @@ def test_shards_add_up_to_the_whole(experiment: Path, base: BaseModel, tmp_path:
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
+def test_no_shard_makes_a_memory_for_its_bytes_that_another_has_finished(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are learned from all that is in the folder; what is unknown still is made once, and nothing beside it."""
+    kind, compiled = METHODS["generator"], []
+    made = kind.compile
+
+    def counted(self: Any, documents: Any, budgets: Any = None) -> list[Memory]:
+        compiled.append({document.id for document in documents})
+        return made(self, documents, budgets)
+
+    monkeypatch.setattr(kind, "compile", counted)
+    experiment.write_text(experiment.read_text().replace("match: patch}", "match: patch, unit: 5}"))
+    read, folder = read_experiment(experiment), tmp_path / "out"
+    first, second = (Comparison(read, base, folder, (index, 2)) for index in (1, 2))  # at the same time
+    ids = [item.id for item in first.items["notes"]]
+    groups = [set(ids[:2]), set(ids[2:])]
+    first.run()  # the patches of the first group, and `head` and `evicted` of all documents
+    assert compiled == groups
+    compiled.clear()
+    second.run()  # the patches of the second group, and `evicted` of all documents
+    assert compiled == groups[1:]
+    compiled.clear()
+    Comparison(read, base, folder).report("x")
+    assert compiled == [{ids[0]}, {ids[0]}]  # for its own costs: counted, and timed
+
+
 def test_shards_of_the_command_add_up(run: Run, experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
     experiment.write_text(experiment.read_text().replace(str(tmp_path / "generator"), tiny_dirs[1]))
     arguments = ["compare", experiment, "--base", tiny_dirs[0], "-o", tmp_path / "out"]
@@ -102,18 +132,28 @@ def test_shards_of_the_command_add_up(run: Run, experiment: Path, tiny_dirs: tup
     assert code == 3 and "3/2" in err
     code, _, err = run(*arguments, "--shard", "1/2")
     assert code == 0 and not (tmp_path / "out" / "results.json").exists(), err
-    code, out, err = run(*arguments)
+    code, out, err = run(*arguments, "--device", "cpu", "--dtype", "float32")
     assert code == 0 and str(tmp_path / "out" / "report.html") in out.splitlines(), err
+    assert shlex.split(results(tmp_path / "out")["command"]) == [
+        *("hyperlora", "compare", str(experiment), "-o", str(tmp_path / "out")),
+        *("--base", tiny_dirs[0], "--device", "cpu", "--dtype", "float32"),
+    ]
 
 
-def test_every_rank_of_a_launcher_does_a_shard(experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path) -> None:
-    """torchrun with two processes gives the results of one; the first reports."""
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+def test_every_rank_of_a_launcher_does_a_shard(
+    experiment: Path, tiny_dirs: tuple[str, str], tmp_path: Path, name: str
+) -> None:
+    """Two processes give the results of one; the first reports."""
     base, generator = tiny_dirs
     text = experiment.read_text().replace(str(tmp_path / "generator"), generator)
     experiment.write_text(text.replace("forgetting_documents: 3", "forgetting_documents: 0"))
-    command = ["-m", "hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ["hyperlora", "compare", str(experiment), "--base", base, "--device", "cpu", "-o"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed")
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--module"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*launcher, *command, str(tmp_path / "ranks")], env=environment, capture_output=True, text=True
     )
@@ -182,3 +222,27 @@ def test_foreign_folders_are_left_alone(
     (tmp_path / "mine" / "experiment.json").write_text("[]")
     with pytest.raises(InputError, match="no JSON object"):
         compared(experiment, base, tmp_path / "mine")
+
+
+def test_a_folder_goes_on_with_the_same_tasks_only(experiment: Path, base: BaseModel, tmp_path: Path) -> None:
+    """Methods, tasks and documents may come and go. What two experiments call alike must be one task."""
+    folder, text = tmp_path / "out", experiment.read_text()
+    task = next(line for line in text.splitlines() if "notes:" in line)
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "other.jsonl")
+
+    def begin(content: str) -> None:
+        experiment.write_text(content)
+        Comparison(read_experiment(experiment), base, folder)
+
+    experiment.write_text(text)
+    compared(experiment, base, folder).report("x")
+    begin(text.replace(task, f"{task}\n{task.replace('notes', 'letters')}"))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    elsewhere = task.replace("data.jsonl", "other.jsonl")
+    one_of_two = f"{task}\n{elsewhere.replace('notes', 'letters')}"
+    for tasks in (elsewhere, one_of_two, task.replace("tokens: 4", "tokens: 5")):
+        with pytest.raises(InputError, match="results of experiment 'tiny'"):
+            begin(text.replace(task, tasks))
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    begin(text.replace(task, task.replace("max_new", "items: 3, max_new")))
+    begin(text.replace("  cache: {method: kv_cache, items: 3}\n", ""))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hyperlora.base_model import BaseModel
-from hyperlora.compare.costs import break_even, flops, measure_costs
+from hyperlora.compare.costs import break_even, flops, measure_costs, timed_while_counted
 from hyperlora.data.items import Item, Question
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document
@@ -130,7 +130,24 @@ def test_what_methods_share_is_made_once_and_counted_for_each(base: BaseModel) -
 
 
 def test_break_even() -> None:
-    assert break_even(100.0, 1.0, 0.0, 11.0) == pytest.approx(10.0)
-    assert break_even(100.0, 1.0, 50.0, 11.0) == pytest.approx(5.0)
+    assert break_even(100.0, 1.0, 0.0, 11.0) == (pytest.approx(10.0), None)
+    assert break_even(100.0, 1.0, 50.0, 11.0) == (pytest.approx(5.0), None)
     assert break_even(100.0, 11.0, 0.0, 11.0) is None  # never cheaper
-    assert break_even(10.0, 1.0, 50.0, 11.0) == 0.0  # from the first question on
+    assert break_even(10.0, 1.0, 50.0, 11.0) == (0.0, None)  # from the first question on
+    assert break_even(10.0, 11.0, 50.0, 11.0) == (0.0, None)
+    assert break_even(10.0, 21.0, 50.0, 11.0) == (0.0, pytest.approx(4.0))  # 10 + 21 Q < 50 + 11 Q
+    for compiled in (45.0, 50.0, 60.0):  # 45 is made up for half a question, and there are only whole ones
+        assert break_even(compiled, 21.0, 50.0, 11.0) is None
+    assert break_even(10.0, 21.0, 55.0, 11.0) == (0.0, 4.0)
+    assert break_even(50.0, 11.0, 50.0, 11.0) is None
+
+
+def test_long_compilations_are_timed_while_they_are_counted(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, item, compiled = METHODS["full"](base, None), Item("a", "Text."), []
+    made = method.compile
+    monkeypatch.setattr(METHODS["full"], "compile", lambda self, *given: compiled.append(1) or made(*given))
+    for limit, times, slow in ((60, 2, False), (0, 1, True)):
+        monkeypatch.setattr("hyperlora.compare.costs._LONG", limit)
+        compiled.clear()
+        timing = measure_costs(method, None, [item], 2, Runtime(base))["timing"]
+        assert len(compiled) == times and timed_while_counted(timing) == slow

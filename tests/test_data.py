@@ -88,13 +88,20 @@ def test_sources_read_jsonl_text_and_gzip(tmp_path: Path) -> None:
         ('{"context": "x", "qas": ["y"]}', "qas must be a list of JSON objects"),
         ("{", "line 1: not JSON (Expecting property name"),
         ("[]", "line 1: expected a JSON object, not list"),
+        (
+            '{"context": " ", "qas": [{"question": "?", "answers": ["y"]}]}',
+            "line 1: the context is empty, but questions are asked about it",
+        ),
+        ('{"text": "half \\ud83d"}', "line 1: half a surrogate pair, such as \\ud83d alone"),
+        ('{"text": "x", "size": ' + "7" * 5000 + "}", "line 1: a whole number has too many digits"),
+        ("[" * 100_000, "line 1: lists or objects are nested too deeply"),
     ],
 )
 def test_malformed_data_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "bad.jsonl").write_text(line)
     with pytest.raises(InputError, match=r"bad\.jsonl") as caught:
         load(str(tmp_path / "bad.jsonl"))
-    assert message in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_line_of_another_encoding_is_named_however_far_down(tmp_path: Path) -> None:

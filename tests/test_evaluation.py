@@ -14,6 +14,7 @@ from hyperlora.evaluation.controls import CONDITIONS, answer
 from hyperlora.evaluation.items import fact_items
 from hyperlora.evaluation.metrics import contains, exact_match, f1
 from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, evaluate_second_copy, table
+from hyperlora.evaluation.window import check_window
 from hyperlora.generator import Generator
 from hyperlora.inject import inject, patched
 
@@ -81,6 +82,19 @@ def test_document_beyond_the_window_is_refused_in_the_prompt_only(generator: Gen
     with pytest.raises(InputError, match=rf"^some facts, document {long.id}: \d+ tokens .* window of 2048"):
         evaluate_answers(generator, "some facts", [long, *others], ["none", "full"])
     assert set(evaluate_answers(generator, "some facts", [long, *others], ["patch"])["scores"]) == {"patch"}
+
+
+def test_documents_of_next_to_nothing_are_named(generator: Generator) -> None:
+    """Before anything is done, whatever is asked of them: a comparison checks its documents like this."""
+    items = fact_items(1, 2)
+    for text, count in (("a", 1), ("", 0)):
+        short = [items[0], replace(items[1], text=text)]
+        message = rf"^task x, document {short[1].id}: {count} token\(s\), but a patch needs 2"
+        with pytest.raises(InputError, match=message):
+            check_window("task x", short, generator.base, 4)
+        for condition in ("patch", "full"):
+            with pytest.raises(InputError, match=message):
+                evaluate_answers(generator, "task x", short, [condition])
 
 
 def test_scores_stand_by_tag_too(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from hyperlora.base_model import BaseModel
-from hyperlora.layout import Layout, run_incremental, run_masked
+from hyperlora.layout import Layout, Stream, run_incremental, run_masked
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
+from hyperlora.structure import UnsupportedBase
 
 from .conftest import make_base
 from .layouts import compressed, gist, local, scattered, sentinel
@@ -37,8 +39,8 @@ def layouts(base: BaseModel) -> dict[str, list[Layout]]:
         "gist": [gist(words(base, n, n), n // 2, [new, new + 1][:k]) for n, k in ((31, 2), (12, 1), (20, 2))],
         "sentinel": [sentinel(words(base, n, n), a, b, new, new + 1) for n, a, b in ((30, 8, 20), (14, 2, 5))],
         "compressed": [
-            compressed([words(base, n, n), words(base, n + 1, 7)], new + 2, words(base, 6, 9), recursive)
-            for n, recursive in ((12, True), (5, False))
+            compressed([words(base, n, n), words(base, n + 1, 7)], [new, new + 2][:k], words(base, 6, 9), recursive)
+            for n, k, recursive in ((12, 2, True), (5, 1, False), (7, 2, True))
         ],
         "local": [local(words(base, n, n), 5) for n in (22, 9)],
         "scattered": [scattered(words(base, n, n), 0.6, n) for n in (24, 10)],
@@ -66,9 +68,14 @@ def test_incremental_and_masked_execution_agree(any_base: BaseModel, kind: str) 
             assert torch.isfinite(other).all() and len(other) == len(layout.targets)
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         survivors = [int(layout.kept.sum()) for layout in batch]
-        assert (session.places >= 0).sum(1).tolist() == survivors
+    with Session(any_base, len(batch), shared=shared) as narrow:  # in pieces of a few tokens, whatever is freed
+        ends = [len(layout.ids) for layout in batch]
+        for one, other in zip(alone, Stream(narrow, len(batch), most=4).advance(batch, ends), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for used in (session, narrow):
+        assert (used.places >= 0).sum(1).tolist() == survivors
         if kind != "plain":  # what is dropped is freed, not only masked
-            assert session.kv_rows == max(survivors) < max(len(layout.ids) for layout in batch)
+            assert used.kv_rows == max(survivors) < max(len(layout.ids) for layout in batch)
 
 
 @pytest.mark.gpu
@@ -171,16 +178,23 @@ def test_tokens_inserted_while_decoding_match_the_masked_layout() -> None:
                 feed(comp, index + 1, 1.0)
                 session.keep(session.places % 5 == 4)
         assert session.kv_rows == 2 + 4
-    layout = compressed([stream[:4], stream[4:8]], comp, stream[8:])
+    layout = compressed([stream[:4], stream[4:8]], [comp], stream[8:])
     with Session(base, 1, shared=shared) as session:
         (masked,) = run_masked(session, [layout])
     torch.testing.assert_close(torch.stack(seen[8:-1]), masked, rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_that_takes_no_positions_is_refused(base: BaseModel) -> None:
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(UnsupportedBase, match="bloom cannot be told the positions"):
+        Session(BaseModel("bloom", alibi, base.tokenizer), 1)
+
+
 def test_impossible_layouts_are_refused() -> None:
+    assert len(Layout.plain([]).freed_after) == 0
     plain = Layout.plain([5, 6, 7])
-    with pytest.raises(ValueError, match="fall"):
-        Layout(plain.ids, torch.tensor([0, 2, 1]), plain.visible, plain.predicts, plain.gate, plain.kept)
+    with pytest.raises(ValueError, match="negative"):
+        Layout(plain.ids, torch.tensor([0, 1, -1]), plain.visible, plain.predicts, plain.gate, plain.kept)
     with pytest.raises(ValueError, match="come after"):
         Layout(plain.ids, plain.positions, plain.visible, torch.tensor([0, -1, -1]), plain.gate, plain.kept)
     with pytest.raises(ValueError, match="layout of 3"):

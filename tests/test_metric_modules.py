@@ -99,6 +99,15 @@ def test_the_judge_is_a_module_too(server: Server, tmp_path: Path) -> None:
     assert found["low"] <= 0.75 <= found["high"] and found["ties"] == found["unparsable"] == 0
 
 
+@pytest.mark.parametrize("name", ["answer_scores", "rouge_l", "bert_score"])
+def test_a_prediction_without_references_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("evaluate")
+    monkeypatch.setattr("hyperlora.evaluation.bert_score.load_encoder", lambda *_: None)  # it is not come to
+    with pytest.raises(InputError, match="no answer to be scored against; give") as caught:
+        load_metric(name).compute(predictions=["Maro"], references=[[]])
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_names_are_answered_with_near_ones() -> None:
     with pytest.raises(InputError, match="unknown metric 'rougel'; did you mean 'rouge_l'"):
         load_metric("rougel")

@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import math
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,15 @@ def test_rouge_l_finds_the_longest_common_subsequence() -> None:
         longest = max(map(len, parts[0] & parts[1]))
         expected = 2 * longest / (len(one) + len(other))
         assert rouge_l(" ".join(one), [" ".join(other)]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "score", [METRICS["f1"], rouge_l, lambda text, answers: bert_score([text], [answers], toy_encoder())]
+)
+def test_without_an_answer_there_is_no_score(score: Callable[[str, list[str]], object]) -> None:
+    assert score("a", ["b"]) is not None
+    with pytest.raises(InputError, match="no answer to be scored against; give"):
+        score("a", [])
 
 
 def test_text_metrics_extend_those_of_answers() -> None:

@@ -63,6 +63,9 @@ def test_all_numbers_are_in_both(results: dict[str, Any], written: Path) -> None
     expected |= {interval(r, "gain") for r in results["gains"] if not r["weak"]}
     for curve in results["curves"]:
         expected |= {interval(dict(zip(("mean", "low", "high"), point[1:], strict=True))) for point in curve["points"]}
+    expected |= {"up to 4.56 questions", "medians over 3 documents of facts, one at a time", "4, 5"}
+    expected |= {"which slows a compilation: context distillation.", "0, 1 for random methods whose row"}
+    expected |= {"41 windows of up to 256 tokens of wikitext2_test", "behind the prompt's prefix"}
     expected |= {"40 documents", "77 questions", "39, 40", results["command"], "ab12cd", "swapped is not clearly worse"}
     in_markdown = re.sub(r"\\(.)", r"\1", (written / "results.md").read_text())
     for text in (in_markdown, Page((written / "report.html").read_text()).text):
@@ -205,6 +208,15 @@ def test_missing_numbers_are_dashes(results: dict[str, Any], tmp_path: Path) -> 
     assert costs is not None and costs[0].count("–") == 10 and "never" not in costs[0]
     scores = re.search(r"^\| generator \| –.*$", text, re.MULTILINE)
     assert scores is not None and scores[0].count("–") == 6
+
+
+def test_what_was_not_measured_is_said(results: dict[str, Any]) -> None:
+    found = copy.deepcopy(results) | {"unrelated": None}
+    for count, said in ((0, "were not measured."), (1, "medians over 1 document of facts, one at a time.")):
+        found["costs"] = found["costs"] | {"documents": count}
+        text = Page(page(found)).text
+        assert f"Operations, times and peaks of memory{':' if count else ''} {said}" in text
+        assert "Unrelated text" not in text and "minus the scores of full" in text
 
 
 def test_units() -> None:

@@ -9,6 +9,7 @@ from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.results import collect
 from hyperlora.compare.units import Record, Unit
 from hyperlora.data.items import Item, Question
+from hyperlora.methods import METHODS
 
 # F1 on two documents of 100 tokens and two of 200: own memory, swapped memory.
 F1S: dict[str, tuple[list[float], list[float]]] = {
@@ -24,6 +25,11 @@ F1S: dict[str, tuple[list[float], list[float]]] = {
 
 @pytest.fixture
 def found(base: BaseModel, tmp_path: Any) -> dict[str, Any]:
+    return collected(base, tmp_path)
+
+
+def collected(base: BaseModel, tmp_path: Any, **costs: dict[str, Any]) -> dict[str, Any]:
+    """With these costs of methods, by label."""
     (tmp_path / "data.jsonl").write_text("")
     experiment = Experiment.model_validate(
         {
@@ -55,9 +61,7 @@ def found(base: BaseModel, tmp_path: Any) -> dict[str, Any]:
                 record["beside"] = _answers(beside)
                 record["unrelated"] = {"bare": 3.0, "patched": 3.5 if record["document"] == "0" else 3.1}
         finished.append((Unit("notes", method, 0, tuple(items[: len(own)]), 0), records))
-    costs: dict[str, Any] = {
-        label: {"compile_flops": None, "query_flops": None, "timing": {}} for label in experiment.methods
-    }
+    costs = {label: {"compile_flops": None, "query_flops": None, "timing": {}} for label in experiment.methods} | costs
     return collect(experiment, experiment.read_tasks(), {"notes": items}, finished, [], costs, base, "x")
 
 
@@ -115,4 +119,36 @@ def test_scores_by_tag_and_by_two_of_them(found: dict[str, Any]) -> None:
         ("kind", "a"): 0.75,
         ("kind×length", "a×100"): 1.0,
         ("kind×length", "a×200"): 0.5,
+    }
+
+
+def test_costs_are_set_against_rivals_by_what_methods_say(
+    base: BaseModel, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row of each; where there is none, nothing is said of it."""
+    monkeypatch.setattr(METHODS["distillation"], "rival", "training")
+    full, patch, distilled, other = (
+        {"compile_flops": once, "query_flops": query, "timing": {}}
+        for once, query in ((0.0, 10.0), (100.0, 1.0), (1000.0, 3.0), (5000.0, 2.0))
+    )
+    rows = {"full": full, "patch": patch, "distilled": distilled, "distilled, slow": other}
+    methods = collected(base, tmp_path, **rows)["methods"]
+    assert methods["patch"]["break_even"] == {"re-prefilling": (pytest.approx(100 / 9), None), "training": (0.0, None)}
+    assert methods["full"]["break_even"] == {"re-prefilling": None, "training": (0.0, pytest.approx(1000 / 7))}
+    assert METHODS["random_eviction"].rival is None  # which is a cache, but not of the document
+
+
+def test_what_was_measured_on_what_is_recorded(base: BaseModel, tmp_path: Any) -> None:
+    times = {"patch": 59.0, "distilled": 61.0}
+    costs = {
+        label: {"compile_flops": None, "query_flops": None, "timing": {"compile_seconds": time}}
+        for label, time in times.items()
+    }
+    found = collected(base, tmp_path, **costs)
+    assert found["costs"] == {"task": "notes", "documents": 3, "tokens": 16}
+    assert [label for label, about in found["methods"].items() if about["timing"]["while_counted"]] == ["distilled"]
+    assert found["unrelated"]["source"] == "wikitext2_test" and found["unrelated"]["windows"] == 4
+    assert {label: about["seeds"] for label, about in found["methods"].items() if about["seeds"]} == {
+        "distilled": [0],
+        "distilled, slow": [0],
     }

@@ -156,6 +156,18 @@ def test_a_patch_and_a_document_work_together(base: BaseModel, documents: list[s
     assert runtime.generate([memory], [runtime.question(0, QUESTIONS[0])], 8) == expected
 
 
+def test_a_patch_of_zeros_changes_nothing(any_base: BaseModel, documents: list[str]) -> None:
+    """The control of the way that patches are put in: nothing of it acts by itself."""
+    patch = make_generator(any_base).generate(documents[0])
+    empty = replace(patch, factors={path: (a, torch.zeros_like(b)) for path, (a, b) in patch.factors.items()})
+    runtime = Runtime(any_base)
+    ask = [runtime.question(number, QUESTIONS[0], "eleven") for number in range(3)]
+    bare, zero, own = runtime.log_likelihood([Memory(), Memory(patch=empty), Memory(patch=patch)], ask)
+    assert torch.equal(zero, bare) and not torch.allclose(own, bare, atol=1e-2)
+    alone = [runtime.log_likelihood([memory], ask[:1])[0] for memory in (Memory(patch=empty), Memory())]
+    assert torch.equal(*alone)
+
+
 def test_a_gated_adapter_is_silent_on_ordinary_tokens(base: BaseModel) -> None:
     shared = shared_state(base)
     runtime = Runtime(base)

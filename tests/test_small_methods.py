@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from hyperlora import prompt_reader
 from hyperlora.base_model import BaseModel
@@ -14,7 +16,8 @@ from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.units import Unit, run_unit
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
-from hyperlora.layout import run_masked
+from hyperlora.inject import TokenGate, inject
+from hyperlora.layout import Tokens, run_masked
 from hyperlora.memory import Memory
 from hyperlora.methods import Document
 from hyperlora.prompt import GAP, encode
@@ -23,12 +26,12 @@ from hyperlora.runtime import Runtime
 from hyperlora.session import Session
 from hyperlora.tasks import read_task
 
-from .small_methods import SMALL, SmallMethod
+from .small_methods import SMALL, Merged, SmallMethod, thirds
 
 REPLY = "eleven songs, on Tuesdays"
 
 
-@pytest.fixture(params=sorted(SMALL))
+@pytest.fixture(params=sorted(set(SMALL) - {"merged"}))  # a mean is no layout
 def method(request: pytest.FixtureRequest, any_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> SmallMethod:
     monkeypatch.setattr(prompt_reader, "_LEAST", 3)
     return SMALL[request.param](any_base)
@@ -47,8 +50,9 @@ def before(method: SmallMethod, document: str, prompt: Prompt) -> tuple[list[int
 @torch.no_grad()
 def expected(method: SmallMethod, ids: list[int], slot: range, reply: list[int]) -> torch.Tensor:
     """Logits of the reply by one masked pass over everything."""
+    layout = method.expected(Tokens(ids + reply, slot, len(ids)))
     with Session(method.base, 1, shared=method.shared) as session:
-        return run_masked(session, [method.expected(ids + reply, slot)])[0][-len(reply) :]
+        return run_masked(session, [layout])[0][-len(reply) :]
 
 
 def test_scores_equal_the_masked_layout(method: SmallMethod, documents: list[str]) -> None:
@@ -79,7 +83,7 @@ def test_replies_equal_those_of_the_masked_layout(method: SmallMethod, documents
         assert logits.argmax(-1).tolist() == reply and len(reply) == 12
 
 
-@pytest.mark.parametrize("name", ["window", "compressing", "dropped_span"])
+@pytest.mark.parametrize("name", ["window", "compressing", "dropped_span", "placing"])
 @torch.no_grad()
 def test_what_no_later_token_sees_is_freed(
     base: BaseModel, documents: list[str], monkeypatch: pytest.MonkeyPatch, name: str
@@ -95,10 +99,15 @@ def test_what_no_later_token_sees_is_freed(
             reader.go_on([token])
         rows.append(reader.session.kv_rows)
     for held, read in zip(rows, [ids, ids + reply], strict=True):
-        kept = int(method.expected([*read, 0], slot).kept.sum()) - 1
-        assert kept <= held <= kept + 3 < len(read)
+        kept = int(method.expected(Tokens([*read, 0], slot, len(ids))).kept.sum()) - 1
+        assert kept <= held <= kept + 3
+        if name != "placing":
+            assert kept + 3 < len(read)
+        elif read != ids:  # it keeps the prompt, and frees at every token
+            assert held == kept < len(read)
 
 
+@pytest.mark.parametrize("method", sorted(SMALL), indirect=True)
 def test_a_comparison_runs_them_on_questions_and_on_text(
     method: SmallMethod, documents: list[str], tmp_path: Path
 ) -> None:
@@ -132,3 +141,61 @@ def test_a_rule_goes_with_text_only(base: BaseModel, documents: list[str]) -> No
     (stored,) = Runtime(base).prefill([Memory(text=ruled.text)])
     with pytest.raises(InputError, match="lays out text"):
         Runtime(base).generate([replace(stored, shared=ruled.shared)], [Runtime(base).question(0, "Who?")])
+
+
+def test_merged_memory_is_the_mean_of_the_models_own_keys_and_values(base: BaseModel, documents: list[str]) -> None:
+    """Chunk by chunk through the library's own cache; and what trains a merged memory is its gradient."""
+    method = Merged(base)
+    (text,) = method.texts([Document("a", documents[0])])
+    adapter, rows = method.shared.adapter, method.shared.token_rows
+    assert adapter is not None and rows is not None
+    name = Session(base, 1)._cache_name
+    prefix, table, gate = encode(base.tokenizer, base.prompt.prefix), base.model.get_input_embeddings(), TokenGate()
+
+    def read(ids: list[int], held: list[list[Tensor]], start: int, comps: int) -> list[list[Tensor]]:
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(held):
+            cache.update(keys, values, layer)
+        line = torch.cat([table(torch.tensor(ids)), rows[:comps]])[None]
+        gate.value = torch.tensor([[0.0] * len(ids) + [1.0] * comps])
+        positions = torch.arange(start, start + line.shape[1])[None]
+        with inject(base.model, adapter, gate=gate):
+            base.model(inputs_embeds=line, position_ids=positions, **{name: cache})
+        return [[layer.keys, layer.values] for layer in cache.layers]
+
+    with torch.no_grad():
+        alone = read(prefix, [], 0, 0)
+        memory, start, seen = alone, len(prefix), []
+        for chunk in thirds(list(text), range(len(text))):
+            seen.append([[t[:, :, -2:] for t in pair] for pair in read(chunk, memory, start, 2)])
+            start += len(chunk)
+            memory = [
+                [torch.cat([alone[i][j], torch.stack([one[i][j] for one in seen]).mean(0)], dim=2) for j in (0, 1)]
+                for i in range(len(alone))
+            ]
+        made = method.merged(list(text))
+    assert (made.next_position, made.elements) == (len(prefix) + len(text), 2 * base.kv_bytes_per_token // 2)
+    for layer, (keys, values) in enumerate(memory):
+        torch.testing.assert_close(made.keys[layer][None], keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made.values[layer][None], values, rtol=1e-4, atol=1e-5)
+
+    direction = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+
+    def loss(step: float | Tensor) -> Tensor:
+        moved = Merged(base)
+        moved.shared = replace(moved.shared, token_rows=rows + step * direction)
+        with Session(base, 1, shared=moved.shared) as session:
+            session.load([moved.merged(list(text))])
+            here = torch.tensor([[7, 8, 9]])
+            numbers = torch.arange(3)[None]
+            logits = session.feed(
+                here, session.next_place + numbers, session.next_position + numbers, numbers >= 0, gate=0.0 * here
+            )
+            return torch.nn.functional.cross_entropy(logits[:-1], here[0, 1:])
+
+    step = torch.zeros((), requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(step), step)
+    with torch.no_grad():
+        rise = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    assert abs(float(slope)) > 1e-4
+    torch.testing.assert_close(slope, rise, rtol=2e-2, atol=1e-5)

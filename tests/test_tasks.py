@@ -80,7 +80,7 @@ def test_contract(name: str, specs: Specs, base: BaseModel) -> None:
 
     task, items = TASKS[name], loaded(items=8)
     assert items == loaded(items=8)
-    assert items[:3] == loaded(items=3)
+    assert items[:4] == loaded(items=4)
     assert items != loaded(items=8, seed=1)
     assert len(items) == 8 == len({item.id for item in items})
     assert all(item.text.strip() for item in items)
@@ -117,6 +117,8 @@ def test_needles_are_evaluated_at_every_length_and_depth(
     cells = [(item.tags["length"], item.tags["depth"]) for item in items]
     assert sorted(cells) == sorted(2 * [(length, depth / 4) for length in (200, 300) for depth in range(5)])
     assert all(abs(tokens(base, item.text) - item.tags["length"]) < 16 for item in items)
+    counts = Counter((item.tags["length"], item.tags["depth"]) for item in needle_items(base, [200, 210, 220]))
+    assert len(counts) == 15 and set(counts.values()) == {33}  # as many as fit into 500
 
 
 def halves(item: Item, value: str) -> tuple[str, str, str]:
@@ -261,6 +263,7 @@ GOOD = '{"context": "Maro sells bread.", "question": "What?", "answers": ["bread
         ('{"id": "1", "context": "x", "question": "?", "answers": ["x"]}', "line 2: the id '1' is that of line 1"),
         ('{"context": ', "line 2: not JSON (Expecting value, column 12)"),
         ("[]", "line 2: expected a JSON object, not list"),
+        ('{"id": ' + "1" * 5000, "line 2: a whole number has too many digits to be read"),
     ],
 )
 def test_jsonl_errors_name_line_and_field(tmp_path: Path, base: BaseModel, line: str, message: str) -> None:
@@ -289,6 +292,29 @@ def test_two_documents_of_one_id_are_refused(tmp_path: Path, base: BaseModel) ->
         read_task({"task": "qa", "source": source}, "test").load(base)
 
 
+HALF = "half \ud83d of it"
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("qa", {"context": f"Maro sells {HALF}.", "qas": [{"question": "What?", "answers": ["rye"]}]}),
+        ("qa", {"context": "Maro sells rye.", "qas": [{"question": f"What {HALF}?", "answers": ["rye"]}]}),
+        ("qa", {"context": "Maro sells rye.", "qas": [{"question": "What?", "answers": ["rye", HALF]}]}),
+        ("qa", {"id": HALF, "context": "Maro sells rye.", "qas": [{"question": "What?", "answers": ["rye"]}]}),
+        ("language_modelling", {"text": HALF}),
+        ("needles", {"text": HALF}),
+        ("long_documents", {"text": HALF}),
+    ],
+)
+def test_half_a_character_is_named_with_its_line(tmp_path: Path, base: BaseModel, name: str, row: Any) -> None:
+    good = {"context": "Maro bakes.", "qas": [{"question": "Who?", "answers": ["Maro"]}]}
+    source = write_lines(tmp_path / "source.jsonl", [good, row])
+    with pytest.raises(InputError, match=r"source\.jsonl, line 2: half a surrogate pair") as caught:
+        read_task({"task": name, "source": source}, "test").load(base)
+    assert str(caught.value).isascii() and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -304,6 +330,11 @@ def test_two_documents_of_one_id_are_refused(tmp_path: Path, base: BaseModel) ->
             "test: depths.1: Input should be less than or equal to 1 (got 1.5)",
         ),
         ({"task": "needles", "lengths": []}, "test: lengths: List should have at least 1 item"),
+        (
+            {"task": "needles", "items": 40},
+            "test: 40 items cannot fill 15 pairs of length and depth evenly; take 30 or 45",
+        ),
+        ({"task": "needles", "items": 7}, "test: 7 items cannot fill 15 pairs of length and depth evenly; take 15"),
         ({"task": "instructions", "source": "alpaca"}, "test: source: Input should be 'dolly', 'alpaca_seen'"),
     ],
 )

@@ -205,15 +205,17 @@ def test_ctrl_c_saves_under_a_launcher(recipe: Recipe, recipe_file: Path, tmp_pa
     assert 4 <= reached < 400 and len(losses(folder)) == reached
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
-    recipe: Recipe, recipe_file: Path, tmp_path: Path
+    recipe: Recipe, recipe_file: Path, tmp_path: Path, processes: int
 ) -> None:
+    """Also when only one of two processes meets it: its error ends the other, which waits for it."""
     recipe_file.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"steps": 60, "save_every": 30}))
     folder = tmp_path / "run"
-    process = launch(1, recipe_file, "-o", folder, "--deepspeed", CONFIGS / "zero1.json")
+    process = launch(processes, recipe_file, "-o", folder, "--deepspeed", CONFIGS / "zero1.json")
     after(4, folder, process)
-    trained = psutil.Process(process.pid).children()[0]
-    trained.rlimit(psutil.RLIMIT_FSIZE, (60_000, 60_000))
+    last = psutil.Process(process.pid).children()[-1]
+    last.rlimit(psutil.RLIMIT_FSIZE, (60_000 // processes, 60_000 // processes))
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "Traceback" not in err.split("hyperlora: error:")[0], err[-3000:]
     assert f"cannot write {folder / 'checkpoint'}: the disk is full" in err

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import typer
 
 import hyperlora
+from hyperlora.cli import options
 from hyperlora.cli.ask import ask
 from hyperlora.cli.compare import compare, methods
 from hyperlora.cli.compose import compose
@@ -43,6 +44,7 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    local_rank: options.LocalRank = None,  # deepspeed --module hyperlora COMMAND puts it here
 ) -> None:
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
     if not sys.stderr.isatty():

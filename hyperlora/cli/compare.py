@@ -1,5 +1,6 @@
 """`hyperlora compare` and `hyperlora methods`: methods against tasks, and which methods there are."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,6 @@ def compare(
     base: options.Base = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    local_rank: options.LocalRank = None,
 ) -> None:
     """Run methods on tasks with controls, costs and 95 % intervals; write results.json and a report.
 
@@ -48,7 +48,10 @@ def compare(
     elif shard is not None:
         print(f"shard {shard} is done; run without --shard when all are", file=sys.stderr)
         return
-    for path in comparison.report(f"hyperlora compare {experiment} -o {output}"):
+    command = ["hyperlora", "compare", str(experiment), "-o", str(output)]
+    for option, value in (("--base", base), ("--device", device), ("--dtype", dtype)):
+        command += [option, value] if value is not None else []
+    for path in comparison.report(shlex.join(command)):
         print(path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hyperlora.errors import InputError
 from hyperlora.files import sha256
-from hyperlora.reading import decode_document, read_document, read_records
+from hyperlora.reading import decode_document, half_character, read_document, read_records
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -107,6 +107,6 @@ def _jsonl(path: Path) -> Iterator[Document]:
             raise InputError(f'{where}: not a JSON object with "id" and "text"') from error
         except KeyError as error:
             raise InputError(f"{where}: field {error} is missing") from error
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+        if not isinstance(text, str) or not text.strip() or half_character(text):
             raise InputError(f'{where}: "text" must be a string of valid characters, not empty')
         yield Document(_checked(name, where), text)

@@ -58,7 +58,7 @@ def evaluate(
         elif qa is not None:
             name, asked = f"{qa}, up to {max_tokens} tokens", qa_items(qa, loaded.base, max_tokens, items)
         else:
-            name, asked = f"needles in {needles} tokens", needle_items(loaded.base, lengths, items or 500)
+            name, asked = f"needles in {needles} tokens", needle_items(loaded.base, lengths, items)
         result = evaluate_answers(loaded, name, asked, conditions.split(","))
     print(json.dumps(result) if as_json else table(result))
     if output is not None:

@@ -23,7 +23,6 @@ def teach(
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    local_rank: options.LocalRank = None,
 ) -> None:
     """Have the base answer questions with the document in its prompt, once, for any number of training runs.
 

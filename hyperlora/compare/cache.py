@@ -13,9 +13,13 @@ class Cache:
     """Records by key. Every shard appends to a file of its own; all files of the folder are read."""
 
     def __init__(self, folder: Path, shard: str = "whole"):
-        self.path = folder / f"records-{shard}.jsonl"
+        self.folder, self.path = folder, folder / f"records-{shard}.jsonl"
         self.records: dict[str, Any] = {}
-        for path in sorted(folder.glob("records-*.jsonl")):
+        self.read()
+
+    def read(self) -> None:
+        """Take in what all shards have kept until now."""
+        for path in sorted(self.folder.glob("records-*.jsonl")):
             self.records |= read_kept(path)
 
     def __contains__(self, key: str) -> bool:

@@ -79,11 +79,23 @@ def flops(action: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def break_even(compile_flops: float, query_flops: float, base_once: float, base_query: float) -> float | None:
-    """Questions on one document from which on the method has cost less than the base, in FLOPs; None for never.
+def timed_while_counted(timing: dict[str, float]) -> bool:
+    """Whether compilations take so long that they were timed while their FLOPs were counted, which slows them."""
+    return timing.get("compile_seconds", 0.0) >= _LONG
 
-    Q* = (C_compile - C_base_once) / (c_base - c_method), at least 0.
+
+def break_even(
+    compile_flops: float, query_flops: float, base_once: float, base_query: float
+) -> tuple[float, float | None] | None:
+    """The numbers of questions on one document, from where and up to where, for which the method has cost less than the
+    base, in FLOPs: up to None without end, and None for never.
+
+    Q* = (C_compile - C_base_once) / (c_base - c_method), at least 0: from there on where the method's queries are the
+    cheaper ones, up to the last whole question before it where only its compilation is.
     """
-    if base_query <= query_flops:
-        return 0.0 if compile_flops < base_once and base_query == query_flops else None
-    return max(0.0, (compile_flops - base_once) / (base_query - query_flops))
+    if base_query == query_flops:
+        return (0.0, None) if compile_flops < base_once else None
+    questions = max(0.0, (compile_flops - base_once) / (base_query - query_flops))
+    if query_flops < base_query:
+        return questions, None
+    return (0.0, float(int(questions))) if questions >= 1 else None

@@ -14,7 +14,7 @@ from hyperlora.methods.truncation import Truncation
 from hyperlora.settings import explain, read_yaml
 from hyperlora.tasks import Task, read_task
 
-REPLY_METRICS = ("bert_score",)
+REPLY_METRICS = ("bert_score", "rouge_l")
 _ADAPTED = "adapted full"  # label of the control, where the experiment has none of its own
 
 
@@ -63,7 +63,7 @@ class Experiment(BaseModel):
         unrelated: a text source on which forgetting is measured; None for no such measurement.
         forgetting_documents: of every task, for forgetting (patches only).
         adapted: label of the method that reads the document with an adapted model, for the adapted gain.
-        metrics: further scores of replies: `bert_score`.
+        metrics: further scores of replies: `bert_score`, `rouge_l`.
         readers: other bases that say how likely they find the replies with the document in their prompt, by label; None
             for the experiment's own base.
         curves: methods with growing budgets whose scores are drawn over their compile seconds, by the curve's label.
@@ -108,7 +108,8 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
         base: replaces the experiment's.
 
     Raises:
-        InputError: not YAML, an unknown method, task or setting (with the nearest known names), in one line.
+        InputError: not YAML, an unknown method, task or setting (with the nearest known names), or scores of replies
+            where no task has any, in one line.
     """
     content = read_yaml(path, "experiment")
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict):
@@ -140,7 +141,11 @@ def read_experiment(path: Path, base: str | None = None) -> Experiment:
     for metric in experiment.metrics:
         if metric not in REPLY_METRICS:
             raise InputError(f"{path}: unknown metric {metric!r}; {nearest(metric, REPLY_METRICS)}")
-    experiment.read_tasks()
+    tasks = experiment.read_tasks()
+    if all(task.kind == "text" for task in tasks.values()):
+        for key in ("metrics", "readers"):
+            if getattr(experiment, key):
+                raise InputError(f"{path}: {key}: no task has replies to score; remove the key or add a task that asks")
     return experiment
 
 

@@ -1,6 +1,6 @@
-"""Scores of finished replies that need a model of their own: BERTScore, and how likely other models find them."""
+"""Further scores of finished replies: against the accepted answers, and how likely other models find them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hyperlora.base_model import BaseModel, load_base, locate
+from hyperlora.base_model import BaseModel, check_base, load_base, locate
 from hyperlora.compare.cache import Cache, digest
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.units import CONDITIONS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bert_score import bert_score, installed_encoder, load_encoder
+from hyperlora.evaluation.metrics import rouge_l
+from hyperlora.evaluation.window import check_fits
 from hyperlora.files import file_sha256
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
@@ -25,15 +27,16 @@ _DOCUMENTS = 8  # scored together, with the replies of all methods to what is as
 # From documents, and sets of replies to each one's questions, to a score for every reply.
 Sets = Sequence[Sequence[str]]
 Scorer = Callable[[Sequence[Item], Sequence[Sets]], list[list[list[float]]]]
+Compare = Callable[[Sequence[str], Sequence[Sequence[str]]], Iterable[float]]  # of replies with accepted answers
 
 
 def check_reply_scores(experiment: Experiment) -> None:
-    """Raises InputError when a model that is needed after the last unit is not there."""
+    """Raises InputError or BaseNotFound when a model that is needed after the last unit is not there."""
     if "bert_score" in experiment.metrics:
         installed_encoder()
     for name in experiment.readers.values():
         if name is not None:
-            locate(name)
+            check_base(name)
 
 
 def add_reply_scores(
@@ -43,11 +46,15 @@ def add_reply_scores(
 
     A reader gives `reply_nll_LABEL`: nats per token of the reply without its end, with the document and the question in
     the prompt.
+
+    Raises:
+        InputError: a document with a question and a reply is beyond a reader's window (all three are named).
     """
     found = [(unit, [dict(cache[key]) for key in keys]) for unit, keys in keyed]
-    makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {}
-    if "bert_score" in experiment.metrics:
-        makers["bert_score"] = (None, _bert)
+    against_answers = {"bert_score": _bert, "rouge_l": _rouge}
+    makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {
+        metric: (None, against_answers[metric]) for metric in experiment.metrics
+    }
     for label, name in experiment.readers.items():
         makers[f"reply_nll_{label}"] = ([_FORMAT, _weights(name)], lambda name=name: _reader(base, name))  # type: ignore[misc]
     for metric, (identity, make) in makers.items():
@@ -57,7 +64,8 @@ def add_reply_scores(
             for item, record, key in zip(unit.items, records, keys, strict=True):
                 for condition in _answered(record):
                     if (own := _key(metric, identity, key, condition)) not in cache:
-                        asked = missing.setdefault((unit.task, item.id), (item, {}))
+                        named = replace(item, id=f"{item.id} of task {unit.task}")  # as errors call it
+                        asked = missing.setdefault((unit.task, item.id), (named, {}))
                         asked[1][own] = record[condition]["replies"]
         if missing:
             _score(make(), list(missing.values()), cache, metric)
@@ -90,17 +98,24 @@ def _score(scorer: Scorer, missing: Sequence[tuple[Item, dict[str, list[str]]]],
 
 def _bert() -> Scorer:
     encoder = load_encoder()
+    return _against_answers(lambda replies, accepted: [found.f1 for found in bert_score(replies, accepted, encoder)])
 
+
+def _rouge() -> Scorer:
+    return _against_answers(lambda replies, accepted: map(rouge_l, replies, accepted))
+
+
+def _against_answers(compare: Compare) -> Scorer:
     def score(items: Sequence[Item], replies: Sequence[Sets]) -> list[list[list[float]]]:
         pairs = zip(items, replies, strict=True)
         accepted = [list(question.accepted) for item, sets in pairs for _ in sets for question in item.questions]
         flat = [reply for sets in replies for group in sets for reply in group]
-        return _like(replies, [found.f1 for found in bert_score(flat, accepted, encoder)])
+        return _like(replies, compare(flat, accepted))
 
     return score
 
 
-def _like(replies: Sequence[Sets], flat: Sequence[float]) -> list[list[list[float]]]:
+def _like(replies: Sequence[Sets], flat: Iterable[float]) -> list[list[list[float]]]:
     """One number for each reply, in the order of the replies and with their nesting."""
     left = iter(flat)
     return [[[next(left) for _ in group] for group in sets] for sets in replies]
@@ -124,15 +139,23 @@ def _reader(base: BaseModel, name: str | None) -> Scorer:
     runtime = Runtime(reader)
 
     def score(items: Sequence[Item], replies: Sequence[Sets]) -> list[list[list[float]]]:
+        asked = [
+            [
+                _unended(runtime.question(0, question.text, reply))
+                for group in sets
+                for question, reply in zip(item.questions, group, strict=True)
+            ]
+            for item, sets in zip(items, replies, strict=True)
+        ]
+        for item, prompts in zip(items, asked, strict=True):
+            longest = max(len(prompt.ids) + len(prompt.reply) for prompt in prompts)
+            check_fits(f"reader {reader.name}, document {item.id}", item.text, longest, reader)
         memories = [Memory(text=tuple(document_ids(reader.tokenizer, item.text))) for item in items]
         scored: dict[int, list[list[float]]] = {}
         for numbers in runtime.groups(memories):
             held = runtime.prefill([memories[number] for number in numbers])
             prompts = [
-                _unended(runtime.question(place, question.text, reply))
-                for place, number in enumerate(numbers)
-                for group in replies[number]
-                for question, reply in zip(items[number].questions, group, strict=True)
+                replace(prompt, memory=place) for place, number in enumerate(numbers) for prompt in asked[number]
             ]
             losses = [-float(scores.mean()) for scores in runtime.log_likelihood(held, prompts)]
             scored |= dict(zip(numbers, _like([replies[number] for number in numbers], losses), strict=True))

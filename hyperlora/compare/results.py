@@ -12,11 +12,11 @@ import torch
 
 from hyperlora import __version__
 from hyperlora.base_model import BaseModel
-from hyperlora.compare.costs import break_even
+from hyperlora.compare.costs import break_even, timed_while_counted
 from hyperlora.compare.curves import curves
 from hyperlora.compare.experiment import Experiment
 from hyperlora.compare.replies import examples
-from hyperlora.compare.units import CONDITIONS, Record, Unit
+from hyperlora.compare.units import CONDITIONS, UNRELATED_TOKENS, Record, Unit
 from hyperlora.data.items import Item
 from hyperlora.evaluation.bootstrap import interval
 from hyperlora.evaluation.gain import recovered_gain
@@ -72,11 +72,13 @@ def collect(
             }
             for label, task in tasks.items()
         },
+        "costs": _measured(experiment, items),
         "methods": {label: _method(label, experiment, records, costs, base) for label in experiment.methods},
         "scores": scores,
         "differences": differences,
         "gains": gains,
         "flags": flags,
+        "unrelated": _unrelated(experiment, records, base),
         "forgetting": _forgetting(values, records),
         "by_tag": _by_tag(values, items),
         "curves": curves(experiment, values),
@@ -191,6 +193,12 @@ def _flags(task: str, method: str, methods: dict[str, Any]) -> list[Record]:
     return rows
 
 
+def _measured(experiment: Experiment, items: dict[str, list[Item]]) -> dict[str, Any]:
+    """What costs were measured on."""
+    setting, (task, found) = experiment.costs, next(iter(items.items()))
+    return {"task": task, "documents": min(setting.documents, len(found)), "tokens": setting.tokens}
+
+
 def _method(
     label: str,
     experiment: Experiment,
@@ -200,29 +208,40 @@ def _method(
 ) -> dict[str, Any]:
     spec, own = experiment.methods[label], [record for unit, record in records if unit.method == label]
     ratios = [r["tokens"] * base.kv_bytes_per_token / r["resident_bytes"] for r in own if r["resident_bytes"]]
-    cost, full = costs[label], costs["full"]
-    cached = next((costs[name] for name, row in experiment.methods.items() if row.method == "kv_cache"), None)
-    even: dict[str, float | None] = {"re-prefilling": None, "cached KV": None}
+    cost = costs[label]
+    rivals: dict[str, dict[str, Any]] = {}
+    for name, row in experiment.methods.items():
+        if row.type.rival is not None:
+            rivals.setdefault(row.type.rival, costs[name])
+    even: dict[str, Any] = dict.fromkeys(rivals)
     if cost["compile_flops"] is not None:
-        compiled, query = cost["compile_flops"], cost["query_flops"]
-        even["re-prefilling"] = break_even(compiled, query, full["compile_flops"], full["query_flops"])
-        if cached is not None:
-            even["cached KV"] = break_even(compiled, query, cached["compile_flops"], cached["query_flops"])
+        for rival, its in rivals.items():
+            flops = cost["compile_flops"], cost["query_flops"], its["compile_flops"], its["query_flops"]
+            even[rival] = break_even(*flops)
     return {
         "name": spec.method,
         "settings": spec.settings | ({"match": spec.match} if spec.match else {}),
         "summary": spec.type.summary(),
         "documents": spec.items,
-        "seeds": experiment.seeds_of(label),
+        "seeds": experiment.seeds_of(label) if spec.type.seeded else [],
         "stored_bytes": statistics.median(r["stored_bytes"] for r in own),
         "resident_bytes": statistics.median(r["resident_bytes"] for r in own),
         "shared_bytes": max(r["shared_bytes"] for r in own),
         "effective_ratio": statistics.median(ratios) if ratios else None,
         "compile_flops": cost["compile_flops"],
         "query_flops": cost["query_flops"],
-        "timing": cost["timing"],
+        "timing": cost["timing"] | {"while_counted": timed_while_counted(cost["timing"])},
         "break_even": even,
     }
+
+
+def _unrelated(
+    experiment: Experiment, records: Sequence[tuple[Unit, Record]], base: BaseModel
+) -> dict[str, Any] | None:
+    """The text on which forgetting was measured, one window for each document; None where it was not."""
+    windows = {record["document"] for _, record in records if "unrelated" in record}
+    about = {"source": experiment.unrelated, "tokens": UNRELATED_TOKENS, "windows": len(windows)}
+    return about | {"behind": base.prompt.prefix} if windows else None
 
 
 def _forgetting(values: Values, records: Sequence[tuple[Unit, Record]]) -> list[Record]:

@@ -102,9 +102,11 @@ class Comparison:
         write_text(path, json.dumps(record, indent=1) + "\n")
 
     def _continues(self, found: dict[str, Any]) -> bool:
-        """Whether an experiment has a task of this one, perhaps with other settings."""
-        theirs = found.get("experiment", {}).get("tasks", self.experiment.tasks)
-        return any(theirs.get(label, {}).get("task") == task["task"] for label, task in self.experiment.tasks.items())
+        """Whether an experiment has tasks of this one, and all that both have are the same but for how many items."""
+        tasks, theirs = self.experiment.model_dump(mode="json")["tasks"], found.get("experiment", {}).get("tasks", {})
+        both = [label for label in tasks if label in theirs]
+        same = [theirs[label] | {"items": None} == tasks[label] | {"items": None} for label in both]
+        return bool(both) and all(same)
 
     def method(self, label: str, seed: int) -> Method:
         spec = self.experiment.methods[label]
@@ -126,28 +128,33 @@ class Comparison:
             yield unit, item_keys(unit, task, self.experiment, method, matched, self.base, self.unrelated)
 
     def _budgets(self, label: str, items: Sequence[Item]) -> list[int] | None:
-        """Resident bytes of the matched method, known from finished units or from its memories made again."""
+        """Resident bytes of the matched method, known from finished documents or from memories made for this."""
         matched, match = self._matched(label), self.experiment.methods[label].match
         if matched is None or match is None:
             return None
-        known = [self._bytes.get((match, item.text, matched.seed)) for item in items]
-        if all(size is not None for size in known):
-            return [size for size in known if size is not None]
-        memories = matched.compile([Document(item.id, item.text) for item in items])
-        return [memory.resident_bytes(self.base) for memory in memories]
+        places = [(match, item.text, matched.seed) for item in items]
+        if any(place not in self._bytes for place in places):
+            self._learn_bytes()
+        unknown = {place: item for place, item in zip(places, items, strict=True) if place not in self._bytes}
+        if unknown:
+            memories = matched.compile([Document(item.id, item.text) for item in unknown.values()])
+            sizes = [memory.resident_bytes(self.base) for memory in memories]
+            self._bytes |= dict(zip(unknown, sizes, strict=True))
+        return [self._bytes[place] for place in places]
 
-    def _learn_bytes(self, unit: Unit, keys: Sequence[str]) -> None:
-        seed = self.method(unit.method, unit.seed).seed
-        for item, key in zip(unit.items, keys, strict=True):
-            if key in self.cache:
-                self._bytes[unit.method, item.text, seed] = self.cache[key]["resident_bytes"]
+    def _learn_bytes(self) -> None:
+        """From all records in the folder, also those of other shards, which may have come since."""
+        self.cache.read()
+        for unit, keys in self.keyed():
+            seed = self.method(unit.method, unit.seed).seed
+            for item, key in zip(unit.items, keys, strict=True):
+                if key in self.cache:
+                    self._bytes[unit.method, item.text, seed] = self.cache[key]["resident_bytes"]
 
     def run(self) -> None:
         """Do this shard's units; documents in the cache are not done again."""
         index, count = self.shard
         todo = [pair for number, pair in enumerate(self.keyed()) if number % count == index - 1]
-        for unit, keys in todo:
-            self._learn_bytes(unit, keys)
         with tqdm(total=sum(len(keys) for _, keys in todo), unit="document", desc=self.experiment.name) as bar:
             for unit, keys in todo:
                 missing = [number for number, key in enumerate(keys) if key not in self.cache]
@@ -155,7 +162,6 @@ class Comparison:
                     bar.set_postfix_str(f"{unit.task}, {unit.method}")
                     records = self._run(unit, missing)
                     self.cache.add({keys[n]: record for n, record in zip(missing, records, strict=True)})
-                    self._learn_bytes(unit, keys)
                 bar.update(len(keys))
 
     def _run(self, unit: Unit, numbers: Sequence[int]) -> list[Record]:
@@ -174,8 +180,6 @@ class Comparison:
         missing = sum(key not in self.cache for _, keys in pairs for key in keys)
         if missing:
             raise InputError(f"{missing} of {count} documents are not done; run again without --shard")
-        for unit, keys in pairs:
-            self._learn_bytes(unit, keys)
         finished = add_reply_scores(self.experiment, self.base, pairs, self.cache)
         labels = tqdm(self.experiment.methods, unit="method", desc="costs")
         costs = {label: self._costs(label) for label in labels}
@@ -187,12 +191,15 @@ class Comparison:
 
     def _costs(self, label: str) -> dict[str, Any]:
         setting, task = self.experiment.costs, next(iter(self.items))
+        seed = self.experiment.seeds_of(label)[0]
         items = self.items[task][: setting.documents]
-        method, budgets = self.method(label, self.experiment.seeds_of(label)[0]), self._budgets(label, items)
+        method, budgets = self.method(label, seed), self._budgets(label, items)
         about = [vars(self.base.fingerprint), str(self.base.model.dtype), self.base.device.type]
         own = [*identity(self.experiment.methods[label], method), budgets, setting.model_dump()]
         read = [[item.text, [question.text for question in item.questions[:1]]] for item in items]
-        key = digest("costs", COSTS_FORMAT, about, own, read)
+        # Seed 0 is not named: what was measured with it before seeds were in the key is found.
+        seeds = [seed] if method.seeded and seed else []
+        key = digest("costs", COSTS_FORMAT, about, own, read, *seeds)
         if key not in self.cache:
             self.cache.add({key: measure_costs(method, budgets, items, setting.tokens, self.runtime)})
         return self.cache[key]

@@ -21,7 +21,7 @@ from hyperlora.runtime import Prompt, Runtime
 from hyperlora.tasks import Task
 
 _FORMAT = 4  # raised when the meaning of a cached record changes
-_UNRELATED_TOKENS = 256
+UNRELATED_TOKENS = 256
 Record = dict[str, Any]
 CONDITIONS = ("own", "swapped", "beside")
 
@@ -224,7 +224,7 @@ def _unrelated(
     prompts: list[Prompt] = []
     for row, index in enumerate(memories):
         rng = random.Random(stable_seed(items[index].id))
-        text = window(tokenizer, rng.choice(texts).text, rng, _UNRELATED_TOKENS, 0)[0]
+        text = window(tokenizer, rng.choice(texts).text, rng, UNRELATED_TOKENS, 0)[0]
         prompts.append(runtime.continuation(row, text))
     bare = [Memory()] * len(memories)
     for name, held in (("bare", bare), ("patched", list(memories.values()))):

@@ -8,7 +8,11 @@ FEW_WORDS = " Answer in a few words."
 
 
 def item_of(record: dict[str, Any], default_id: str) -> Item:
-    """An item from one JSONL record. Raises KeyError or TypeError when a field is missing or of a wrong type."""
+    """An item from one JSONL record.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing, of a wrong type, or empty where it must not be.
+    """
     if not isinstance(record, dict):
         raise TypeError(f"expected a JSON object, not {type(record).__name__}")
     text = record["context"] if "qas" in record else record["text"]
@@ -17,6 +21,8 @@ def item_of(record: dict[str, Any], default_id: str) -> Item:
     asked = record.get("qas", [])
     if not isinstance(asked, list) or not all(isinstance(qa, dict) for qa in asked):
         raise TypeError("qas must be a list of JSON objects")
+    if asked and not text.strip():
+        raise ValueError("the context is empty, but questions are asked about it; give it text or leave the line out")
     return Item(str(record.get("id", default_id)), text, tuple(_question(qa) for qa in asked))
 
 

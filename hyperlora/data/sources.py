@@ -9,7 +9,7 @@ from typing import Any
 from hyperlora.data.items import Item, is_text
 from hyperlora.data.rows import asked_of_context, asked_of_prompt, asked_yes_or_no, item_of
 from hyperlora.errors import InputError, nearest
-from hyperlora.reading import read_lines, read_records
+from hyperlora.reading import half_character, read_lines, read_records
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,14 @@ def _read(path: Path, make: Callable[[dict[str, Any], str], Item | None]) -> Ite
             reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
             raise InputError(f"{where}: {reason}") from error
         if item is not None:
+            _check_characters(item, where)
             yield item
+
+
+def _check_characters(item: Item, where: str) -> None:
+    texts = [item.id, item.text, *(text for asked in item.questions for text in (asked.text, *asked.accepted))]
+    if any(map(half_character, texts)):
+        raise InputError(f"{where}: half a surrogate pair, such as \\ud83d alone, is no character; write both halves")
 
 
 def _articles(text: str, name: str) -> Iterator[Item]:

@@ -70,7 +70,13 @@ def bert_score(
 
     Embeddings are those of the last layer. Special tokens are left out; the authors' library gives them no weight but
     lets other tokens match them, so its figures are slightly higher. `batch` predictions are read at once.
+
+    Raises:
+        InputError: a prediction has no answer.
     """
+    for number, accepted in enumerate(answers, 1):
+        if not accepted:
+            raise InputError(f"prediction {number} has no answer to be scored against; give it one or more")
     scores: list[BertScore] = []
     for start in range(0, len(predictions), batch):
         pairs = list(zip(predictions[start : start + batch], answers[start : start + batch], strict=True))

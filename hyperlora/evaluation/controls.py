@@ -10,7 +10,7 @@ from tqdm import tqdm
 from hyperlora.data.items import Item
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.metrics import METRICS
-from hyperlora.evaluation.window import check_window
+from hyperlora.evaluation.window import check_length, check_window
 from hyperlora.generator import Generator
 from hyperlora.groups import padded_groups, partnered
 from hyperlora.inject import inject
@@ -41,9 +41,10 @@ def answer(
     the items in errors.
 
     Raises:
-        InputError: a document that is to be in the prompt is beyond the model's window.
+        InputError: a document is too short to make a patch of, or is to be in the prompt and beyond the model's window.
     """
     base = generator.base
+    check_length(progress or "evaluation", items, base)
     if any(CONDITIONS[condition][0] for condition in conditions):
         check_window(progress or "evaluation", items, base, max_new_tokens)
     replies: dict[str, list[str]] = {condition: [] for condition in conditions}

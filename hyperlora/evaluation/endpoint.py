@@ -54,7 +54,7 @@ class Endpoint:
             usable = False
         if not usable:  # not quoted: what was given may hold a password
             raise InputError("the endpoint's address cannot be used; give one like http://localhost:8000/v1")
-        if parts.username or parts.query:
+        if "@" in parts.netloc or parts.query:
             raise InputError(f"the endpoint's address must not carry a key or password; put it in {KEY_VARIABLES[0]}")
 
     def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Endpoint:
                 error.close()
             except (OSError, http.client.HTTPException) as error:
                 reason, wait = str(getattr(error, "reason", error)) or type(error).__name__, 0.0
-            except (ValueError, LookupError, TypeError):  # a proxy's page, or a part of a reply
+            except (ValueError, LookupError, TypeError, RecursionError):  # a proxy's page, a part of a reply, babble
                 reason, wait = "the reply is not that of a chat endpoint", 0.0
             self.failed_attempts += 1
         raise InputError(f"{address} failed {self.attempts} times, at last with: {reason}")

@@ -12,6 +12,8 @@ from hyperlora.recipe import Evaluation
 from hyperlora.tasks import read_task
 from hyperlora.tasks.needles import Needles
 
+_DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
+
 
 def fact_items(facts: int, count: int, new_attributes: bool = False) -> list[Item]:
     """`count` new documents of `facts` facts of the test split, every fact asked."""
@@ -28,9 +30,16 @@ def qa_items(source: str, base: BaseModel, max_tokens: int, count: int | None = 
     return items[:count]
 
 
-def needle_items(base: BaseModel, lengths: list[int], count: int) -> list[Item]:
-    """`count` excerpts of books of `lengths` tokens with an invented fact at five depths. Raises InputError."""
-    setting = {"task": Needles.name, "lengths": lengths, "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "items": count}
+def needle_items(base: BaseModel, lengths: list[int], count: int | None = None) -> list[Item]:
+    """`count` excerpts of books of `lengths` tokens with an invented fact at five depths, as many of every kind; by
+    default up to 500.
+
+    Raises:
+        InputError: `count` cannot be shared out evenly to lengths and depths, or the books are too short.
+    """
+    pairs = len(lengths) * len(_DEPTHS)
+    items = count or max(1, 500 // pairs) * pairs
+    setting = {"task": Needles.name, "lengths": lengths, "depths": _DEPTHS, "items": items}
     return read_task(setting, "needles").load(base)
 
 

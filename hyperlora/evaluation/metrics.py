@@ -9,6 +9,8 @@ import string
 from collections import Counter
 from collections.abc import Iterable
 
+from hyperlora.errors import InputError
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -17,14 +19,21 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def _largest(scores: Iterable[float]) -> float:
+    found = list(scores)
+    if not found:
+        raise InputError("a text has no answer to be scored against; give one or more for each prediction")
+    return max(found)
+
+
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
     """1.0 when the normalised prediction equals an answer."""
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
 
 def f1(prediction: str, answers: Iterable[str]) -> float:
-    """Largest token F1 over the answers, 0 to 1."""
-    return max(_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers)
+    """Largest token F1 over the answers, 0 to 1. Raises InputError when there is no answer."""
+    return _largest(_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers)
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:
@@ -39,8 +48,12 @@ def contains(prediction: str, answers: Iterable[str]) -> float:
 
 
 def rouge_l(prediction: str, answers: Iterable[str]) -> float:
-    """Largest ROUGE-L F-measure over the answers, 0 to 1: balanced, over lower-case words, without stemming."""
-    return max(_rouge_l(_words(prediction), _words(answer)) for answer in answers)
+    """Largest ROUGE-L F-measure over the answers, 0 to 1: balanced, over lower-case words, without stemming.
+
+    Raises:
+        InputError: there is no answer.
+    """
+    return _largest(_rouge_l(_words(prediction), _words(answer)) for answer in answers)
 
 
 def _words(text: str) -> list[str]:

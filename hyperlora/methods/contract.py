@@ -44,6 +44,7 @@ class Method(ABC):
         revision: raised when a change of the code changes the memories, so that cached results are not used again.
         compresses: is judged beside as much of the document's text as its memory would hold.
         sized_by: settings that the size of a memory depends on.
+        rival: what its costs are called where those of all methods are set against them; None for no such comparison.
         common: one dictionary for all methods of a run, for what several of them would make alike; None for a method
             that does all of its work itself.
     """
@@ -54,6 +55,7 @@ class Method(ABC):
     seeded: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
     sized_by: ClassVar[tuple[str, ...]] = ()
+    rival: ClassVar[str | None] = None
     revision: ClassVar[int] = 1
 
     def __init__(self, base: Base, settings: Any, seed: int = 0):

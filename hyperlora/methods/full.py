@@ -11,6 +11,7 @@ class Full(Method):
     """The document in the prompt, read again for every question."""
 
     name = "full"
+    rival = "re-prefilling"
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
         return [Memory(text=tuple(document_ids(self.base.tokenizer, document.text))) for document in documents]

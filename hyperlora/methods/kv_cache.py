@@ -1,6 +1,7 @@
 """The document's keys and values, computed once: what plain prefix caching does."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from hyperlora.memory import Memory
 from hyperlora.methods.contract import Document, Method
@@ -12,6 +13,7 @@ class KVCache(Method):
     """Every layer's keys and values of the prompt up to the end of the document."""
 
     name = "kv_cache"
+    rival: ClassVar[str | None] = "cached KV"
     revision = 2
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:

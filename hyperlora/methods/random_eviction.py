@@ -18,6 +18,7 @@ class RandomEviction(KVCache):
     """
 
     name = "random_eviction"
+    rival = None
     seeded = True
     budgeted = True
 

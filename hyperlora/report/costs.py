@@ -51,5 +51,7 @@ def _break_even(about: dict[str, Any], rival: str) -> str:
     # Without counted operations nothing is known, not even that it never pays.
     if rival not in about["break_even"] or about["compile_flops"] is None:
         return MISSING
-    questions = about["break_even"][rival]
-    return "never" if questions is None else amount(questions, " questions")
+    if (found := about["break_even"][rival]) is None:
+        return "never"
+    first, last = found
+    return amount(first, " questions") if last is None else f"up to {amount(last, ' questions')}"

@@ -36,11 +36,12 @@ def report_blocks(results: dict[str, Any], figures: Sequence[Figure]) -> Iterato
         yield Heading(2, "Training")
         yield from elsewhere
     if results["methods"]:
-        yield from _methods(results["methods"])
+        yield from _methods(results["methods"], results["costs"])
     if results["forgetting"]:
         yield Heading(2, "Forgetting")
-        rows = [[r["method"], r["measure"], interval(r), r["unit"]] for r in results["forgetting"]]
-        yield Table(["method", "measure", "mean [95 % interval]", "unit"], rows, texts=2)
+        yield Paragraph(_forgetting(results["unrelated"]))
+        rows = [[r["method"], r["measure"], interval(r), r["unit"], str(r["documents"])] for r in results["forgetting"]]
+        yield Table(["method", "measure", "mean [95 % interval]", "unit", "documents"], rows, texts=2)
     if results["by_tag"] or results["curves"]:
         yield Heading(2, "Numbers behind the plots")
         yield from _by_tag(results)
@@ -63,7 +64,7 @@ def _header(results: dict[str, Any]) -> Table:
         ["command", results["command"]],
         ["version", results["version"]],
         ["machine", settings(results["machine"])],
-        ["seeds", ", ".join(map(str, results["seeds"]))],
+        ["seeds", f"{_listed(results['seeds'])} for random methods whose row under Methods names no others"],
     ]
     return Table(["", ""], rows, texts=2)
 
@@ -171,17 +172,56 @@ def _example(row: Row) -> Table:
     return Table(["question", one_line(row["question"], _LONGEST_TEXT)], rows, texts=2)
 
 
-def _methods(methods: dict[str, Row]) -> Iterator[Block]:
+def _methods(methods: dict[str, Row], measured: Row) -> Iterator[Block]:
     yield Heading(2, "Costs")
     yield Paragraph(
-        "Medians per document, numbers at 16 bits; 1 KB is 1000 bytes. shared: held once for all documents. "
-        "Ratio: bytes of the document's keys and values over resident bytes. Break-even: questions on one document "
-        "from which on the method has cost less, in FLOP."
+        "Bytes: medians over the documents that a method ran on, numbers at 16 bits; 1 KB is 1000 bytes. shared: held "
+        "once for all documents. Ratio: bytes of the document's keys and values over resident bytes. Break-even: "
+        "questions on one document from which on, or up to which, the method has cost less, in FLOP."
     )
+    yield Paragraph(_measured(methods, measured))
     yield cost_table(methods)
     yield Heading(2, "Methods")
-    rows = [[label, about["name"], settings(about["settings"]), about["summary"]] for label, about in methods.items()]
-    yield Table(["label", "method", "settings", "summary"], rows, texts=4)
+    yield Paragraph(
+        "Seeds: those that a random method ran with, over which the scores of a document are averaged; nothing about "
+        "the others is random."
+    )
+    rows = [
+        [label, about["name"], settings(about["settings"]), _listed(about["seeds"]) or MISSING, about["summary"]]
+        for label, about in methods.items()
+    ]
+    yield Table(["label", "method", "settings", "seeds", "summary"], rows, texts=5)
+
+
+def _measured(methods: dict[str, Row], measured: Row) -> str:
+    """How many documents operations, times and peaks of memory are the medians of, and which times are too long."""
+    count = measured["documents"]
+    if not count:
+        return "Operations, times and peaks of memory were not measured."
+    documents = "1 document" if count == 1 else f"{count} documents"
+    text = f"Operations, times and peaks of memory: medians over {documents} of {measured['task']}, one at a time."
+    if slow := [label for label, about in methods.items() if about["timing"].get("while_counted")]:
+        text += f" Timed while their operations were counted, which slows a compilation: {'; '.join(slow)}."
+    return text
+
+
+def _forgetting(unrelated: Row | None) -> str:
+    """What the measures of forgetting were taken on."""
+    beside = (
+        "With the document in the prompt: a task's questions, their own document in the prompt and the patch of "
+        "another document on, minus the scores of full."
+    )
+    if unrelated is None:
+        return beside
+    return (
+        f"Unrelated text: {unrelated['windows']} windows of up to {unrelated['tokens']} tokens of "
+        f"{unrelated['source']}, one for each document, behind the prompt's prefix, where the document would stand. "
+        f"Perplexity: of the mean loss over windows. {beside}"
+    )
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _by_tag(results: dict[str, Any]) -> Iterator[Table]:

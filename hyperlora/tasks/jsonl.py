@@ -1,6 +1,5 @@
 """Documents and questions of one's own."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -10,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from hyperlora.base_model import BaseModel as Base
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
-from hyperlora.reading import read_records
+from hyperlora.reading import half_character, read_records
 from hyperlora.settings import explain
 from hyperlora.tasks.contract import Task
 
@@ -18,7 +17,7 @@ from hyperlora.tasks.contract import Task
 def _checked(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
-    if re.search("[\ud800-\udfff]", text):
+    if half_character(text):
         raise ValueError("must not hold half a surrogate pair")
     return text
 

@@ -5,7 +5,7 @@ from itertools import product
 from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hyperlora.base_model import BaseModel as Base
 from hyperlora.data.items import Item
@@ -19,7 +19,8 @@ from hyperlora.tasks.contract import Task
 class Needles(Task):
     """An invented fact between two sentences of a book; every pair of a length and a depth gets as many documents.
 
-    The book is cut at tokens, not at words, so that length and depth are what they should be.
+    The book is cut at tokens, not at words, so that length and depth are what they should be. `items` must be a
+    multiple of the number of pairs.
 
     Attributes:
         lengths: of the whole document, in tokens of the base.
@@ -31,6 +32,15 @@ class Needles(Task):
     source: str = "books"
     lengths: list[Annotated[int, Field(ge=128)]] = Field([512, 1024, 2048], min_length=1)
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+
+    @model_validator(mode="after")
+    def _evenly(self) -> "Needles":
+        pairs = len(self.lengths) * len(self.depths)
+        below = self.items // pairs * pairs
+        if below != self.items:
+            near = f"{below} or {below + pairs}" if below else str(pairs)
+            raise ValueError(f"{self.items} items cannot fill {pairs} pairs of length and depth evenly; take {near}")
+        return self
 
     def load(self, base: Base) -> list[Item]:
         books = [Book(base, item) for item in load(self.source)]
