@@ -88,6 +88,13 @@ class BaseModel:
     def fingerprint(self) -> Fingerprint:
         return fingerprint(self.model)
 
+    @cached_property
+    def identity(self) -> dict[str, str | None]:
+        """What tells the base from others in the keys of what was computed with it: its fingerprint, and the values of
+        weights that this cannot compare with those of other precisions."""
+        found = vars(self.fingerprint)
+        return found if found["weights"] else found | {"values": _sampled(self.model)}
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one context token occupies, at 16 bits a number whatever the base runs in."""
@@ -102,17 +109,19 @@ def fingerprint(model: Any) -> Fingerprint:
     config = text_config(model)
     keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     shape = json.dumps({key: getattr(config, key, None) for key in keys}, sort_keys=True)
-    digest = hashlib.sha256()
     # float16 rounds differently from bfloat16, and packed weights are not comparable at all.
     incomparable = getattr(model, "quantization_method", None) is not None or model.dtype == torch.float16
+    return Fingerprint(hashlib.sha256(shape.encode()).hexdigest()[:16], None if incomparable else _sampled(model))
+
+
+def _sampled(model: Any) -> str:
+    digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
-    return Fingerprint(
-        hashlib.sha256(shape.encode()).hexdigest()[:16], None if incomparable else digest.hexdigest()[:16]
-    )
+    return digest.hexdigest()[:16]
 
 
 def cache_dir() -> Path:

@@ -9,7 +9,15 @@ import torch
 import transformers
 
 from hyperlora import base_model
-from hyperlora.base_model import BaseNotFound, check_base, chosen_device, default_device, fingerprint, load_base
+from hyperlora.base_model import (
+    BaseModel,
+    BaseNotFound,
+    check_base,
+    chosen_device,
+    default_device,
+    fingerprint,
+    load_base,
+)
 from hyperlora.errors import InputError, OutOfMemory
 
 from .conftest import TEXT, Run, make_base, one_line
@@ -28,6 +36,18 @@ def test_fingerprint_survives_bfloat16_and_notices_other_weights() -> None:
     assert fingerprint(one).same(fingerprint(make_base(seed=0).model.to(torch.bfloat16)))
     assert not fingerprint(one).same(fingerprint(other))
     assert fingerprint(one).config == fingerprint(other).config
+
+
+def test_records_of_other_weights_have_other_keys_in_every_precision() -> None:
+    one, other = make_base(seed=0), make_base(seed=1)
+    assert one.identity == vars(one.fingerprint)  # keys of records are as they were
+    halves = []
+    for base in (one, make_base(seed=0), other):
+        base.model.to(torch.float16)
+        halves.append(BaseModel(base.name, base.model, base.tokenizer))
+    first, again, else_ = halves
+    assert first.fingerprint == else_.fingerprint and first.fingerprint.weights is None
+    assert first.identity == again.identity != else_.identity
 
 
 @pytest.mark.parametrize(

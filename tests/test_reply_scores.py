@@ -13,6 +13,7 @@ from hyperlora.compare.reply_scores import add_reply_scores, check_reply_scores
 from hyperlora.compare.units import Unit
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
+from hyperlora.evaluation.bert_score import BertScore
 from hyperlora.evaluation.metrics import rouge_l
 
 from .conftest import TEXT, make_base
@@ -86,6 +87,23 @@ def test_rouge_l_of_the_replies(experiment: Path, base: BaseModel, tmp_path: Pat
             pairs = zip(said, item.questions, strict=True)
             assert record[condition]["rouge_l"] == [rouge_l(reply, question.accepted) for reply, question in pairs]
     assert records[0]["own"]["rouge_l"] == [pytest.approx(0.5)] and records[0]["swapped"]["rouge_l"] == [1.0]
+
+
+def test_another_encoder_scores_again(
+    experiment: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, (units, cache), loaded = read(experiment, "metrics: [bert_score]"), finished(tmp_path / "out"), []
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.parent.mkdir()
+    made = "hyperlora.compare.reply_scores"
+    monkeypatch.setattr(f"{made}.installed_encoder", lambda: str(weights.parent))
+    monkeypatch.setattr(f"{made}.load_encoder", lambda: loaded.append(weights.read_text()))
+    monkeypatch.setattr(f"{made}.bert_score", lambda replies, *_: [BertScore(0.5, 0.5, len(loaded))] * len(replies))
+    for content, scored in (("one", 1), ("one", 1), ("other", 2), ("one", 1)):
+        weights.write_text(content)
+        ((_, records),) = add_reply_scores(asked, base, units, cache)
+        assert records[0]["own"]["bert_score"] == [scored]
+    assert loaded == ["one", "other"]
 
 
 @pytest.mark.parametrize("line", ["metrics: [bert_score]", "readers: {same: null}"])

@@ -51,10 +51,11 @@ def add_reply_scores(
         InputError: a document with a question and a reply is beyond a reader's window (all three are named).
     """
     found = [(unit, [dict(cache[key]) for key in keys]) for unit, keys in keyed]
-    against_answers = {"bert_score": _bert, "rouge_l": _rouge}
-    makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {
-        metric: (None, against_answers[metric]) for metric in experiment.metrics
-    }
+    makers: dict[str, tuple[Any, Callable[[], Scorer]]] = {}
+    if "bert_score" in experiment.metrics:
+        makers["bert_score"] = (_files(Path(installed_encoder())), _bert)
+    if "rouge_l" in experiment.metrics:
+        makers["rouge_l"] = (None, _rouge)
     for label, name in experiment.readers.items():
         makers[f"reply_nll_{label}"] = ([_FORMAT, _weights(name)], lambda name=name: _reader(base, name))  # type: ignore[misc]
     for metric, (identity, make) in makers.items():
@@ -126,6 +127,10 @@ def _weights(name: str | None) -> Any:
     experiment's own base, None, is in the key of every record."""
     if name is None or not (folder := Path(locate(name))).is_dir():
         return name
+    return _files(folder)
+
+
+def _files(folder: Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 

@@ -194,7 +194,7 @@ class Comparison:
         seed = self.experiment.seeds_of(label)[0]
         items = self.items[task][: setting.documents]
         method, budgets = self.method(label, seed), self._budgets(label, items)
-        about = [vars(self.base.fingerprint), str(self.base.model.dtype), self.base.device.type]
+        about = [self.base.identity, str(self.base.model.dtype), self.base.device.type]
         own = [*identity(self.experiment.methods[label], method), budgets, setting.model_dump()]
         read = [[item.text, [question.text for question in item.questions[:1]]] for item in items]
         # Seed 0 is not named: what was measured with it before seeds were in the key is found.

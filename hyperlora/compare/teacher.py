@@ -14,7 +14,7 @@ def teacher_replies(
 ) -> list[list[list[int]]]:
     """Greedy replies as token ids, for every item and each of its questions; kept in `cache`."""
     base = runtime.base
-    same = [vars(base.fingerprint), str(base.model.dtype), max_new_tokens]
+    same = [base.identity, str(base.model.dtype), max_new_tokens]
     keys = [digest("teacher", *same, item.text, [question.text for question in item.questions]) for item in items]
     missing = [number for number, key in enumerate(keys) if key not in cache]
     if missing:

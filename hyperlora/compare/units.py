@@ -68,7 +68,7 @@ def item_keys(
     spec = experiment.methods[unit.method]
     shared = digest(
         _FORMAT,
-        vars(base.fingerprint),
+        base.identity,
         str(base.model.dtype),
         identity(spec, method),
         [*identity(experiment.methods[spec.match], matched), matched.seed] if spec.match and matched else None,
