@@ -26,7 +26,7 @@ from hyperlora.errors import InputError
 from hyperlora.files import write_text
 from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
-from hyperlora.groups import padded_groups
+from hyperlora.groups import cheapest_groups
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.packing import Packed, pack, stacked
 from hyperlora.recipe import Recipe
@@ -37,7 +37,6 @@ from hyperlora.training import cosine
 _HELD_OUT = 20  # one document in so many validates
 _VALIDATION = 64  # documents
 _BATCH = 8  # rows at once in validation
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded, at once in training; 16384 take a CPU thrice as long
 
 
 class Adapter(nn.Module):
@@ -124,9 +123,8 @@ def _train(recipe: Recipe, base: BaseModel, rate: float, folder: Path, until: in
             for group in optimizer.param_groups:
                 group["lr"] = cosine(rate, step, recipe.warmup, recipe.steps)
             packs, total = [_packed(base, item) for item in asked], 0.0
-            at_once = _BATCH_TOKENS.get(base.device.type, _BATCH_TOKENS["cpu"])
             labels = sum(len(replies) for _, replies in packs)
-            for numbers in padded_groups([packed.ids.shape[1] for packed, _ in packs], at_once):
+            for numbers in cheapest_groups([packed.ids.shape[1] for packed, _ in packs], base.device):
                 loss = _surprise(base, adapter, [packs[number] for number in numbers]) / labels
                 loss.backward()
                 total += float(loss.detach())

@@ -1,6 +1,6 @@
 """Document -> tensors: the frozen base reads the document and what it computes on the way is kept."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import pairwise
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from hyperlora.activations import stored
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
+from hyperlora.groups import cheapest_groups
 from hyperlora.hypernet.contract import Features, Pair, Reading
 from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
 from hyperlora.structure import Site, context_window, decoder_layers, hidden_of
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 _OVERLAP = 64  # tokens, a sentence or two
 Timed = Callable[[], AbstractContextManager[None]]
 
@@ -37,8 +37,7 @@ class Encoder:
     Args:
         sites: modules whose inputs are kept.
         chunk_tokens: longest piece of a document read at once; at most half the base's window.
-        batch_tokens: chunks are read together up to this many padded tokens; by default as many as keep the device
-            busy.
+        batch_tokens: chunks are read together up to this many padded tokens; default `groups.BATCH_TOKENS`.
 
     Attributes:
         packed: leave out the padding with any attention.
@@ -51,7 +50,7 @@ class Encoder:
         self.sites = sites
         self.chunk_tokens = min(chunk_tokens, context_window(base.model) // 2)
         self.overlap = min(_OVERLAP, self.chunk_tokens // 4)
-        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(base.device.type, BATCH_TOKENS["cpu"])
+        self.batch_tokens = batch_tokens
         self._inner, self._blocks = base.model.base_model, decoder_layers(base.model)[1]
         self._last = max(site.layer for site in sites)
         tokenizer = base.tokenizer
@@ -75,16 +74,9 @@ class Encoder:
         starts = [distinct * i // count for i in range(count + 1)]
         return [ids[a : b + self.overlap] for a, b in pairwise(starts)]
 
-    def batches(self, chunks: list[list[int]]) -> Iterator[list[list[int]]]:
-        """Consecutive chunks whose padded size stays within `batch_tokens` (at least one chunk each)."""
-        batch: list[list[int]] = []
-        for chunk in chunks:
-            if batch and max(map(len, [*batch, chunk])) * (len(batch) + 1) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(chunk)
-        if batch:
-            yield batch
+    def batches(self, chunks: Sequence[list[int]]) -> list[list[int]]:
+        """Numbers of chunks to read together: of like length, so that there is little padding."""
+        return cheapest_groups(list(map(len, chunks)), self.base.device, self.batch_tokens)
 
     def open(self, chunks: list[list[int]], timed: Timed = nullcontext) -> "ChunkReading":
         """A batch of chunks (token ids) to be read in the way that a hypernetwork asks for, inside `timed`."""

@@ -159,9 +159,8 @@ class Generator(nn.Module):
                 together.setdefault(self.config.rank_of(len(ids)), []).append(number)
         batches = []
         for numbers in together.values():
-            left = iter(numbers)
             for batch in self.encoder.batches([documents[number] for number in numbers]):
-                batches.append([next(left) for _ in batch])
+                batches.append([numbers[place] for place in batch])
         return batches + alone
 
     def factors(self, documents: Sequence[list[int]], clock: Clock | None = None, calls: int = 0) -> dict[str, Pair]:

@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from hyperlora.activations import checkpoint_layers
 from hyperlora.base_model import DEFAULT_BASE, BaseModel, BaseNotFound, locate
-from hyperlora.encoder import BATCH_TOKENS
 from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
+from hyperlora.groups import BATCH_TOKENS
 from hyperlora.inject import inject
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes

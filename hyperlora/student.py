@@ -11,6 +11,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item, Question
 from hyperlora.data.teacher import TeacherCorpus
 from hyperlora.errors import InputError
+from hyperlora.groups import cheapest_groups
 from hyperlora.inject import Factors, inject
 from hyperlora.objectives import (
     Row,
@@ -135,6 +136,18 @@ class Student:
         Returns:
             loss, nats per label; hidden, `state_distance` per label, where the recipe wants it.
         """
+        parts = {"loss": 0.0} | ({"hidden": 0.0} if self.matched else {})
+        for group in self._groups(rows):
+            for name, part in self._losses(factors, group, labels).items():
+                parts[name] += part
+        return parts
+
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
+        """Rows to run together."""
+        groups = cheapest_groups([len(row.ids) for row in rows], self.base.device)
+        return [[rows[number] for number in group] for group in groups]
+
+    def _losses(self, factors: Factors, rows: list[Row], labels: int) -> dict[str, float]:
         model, batch, teacher = self.base.model, collate(rows, self.base.device), self._told(rows)
         with inject(model, factors, batch.documents), states(self.blocks, self.matched) as found:
             loss = reply_loss(label_logits(model, batch), batch) / labels
@@ -163,19 +176,25 @@ class Student:
     def misled(self, factors: Factors, rows: list[Row], labels: int) -> float:
         """Leave the gradient of the weighted loss of `beside` rows in the factors; the rows' part of its mean."""
         assert self.recipe.beside is not None
-        model, batch = self.base.model, collate(rows, self.base.device)
-        with inject(model, factors, batch.documents):
-            loss = cross_entropy(model, batch) / labels
-            (self.recipe.beside.weight * loss).backward()
-        return float(loss.detach())
+        model, total = self.base.model, 0.0
+        for group in self._groups(rows):
+            batch = collate(group, self.base.device)
+            with inject(model, factors, batch.documents):
+                loss = cross_entropy(model, batch) / labels
+                (self.recipe.beside.weight * loss).backward()
+            total += float(loss.detach())
+        return total
 
     def drift(self, factors: Factors, rows: list[Row], labels: int) -> float:
         """Leave the gradient of the weighted KL to the bare model in the factors; the rows' part of its mean."""
         assert self.recipe.unrelated is not None
-        model, batch = self.base.model, collate(rows, self.base.device)
-        with torch.no_grad():
-            bare = label_logits(model, batch)
-        with inject(model, factors, batch.documents):
-            drift = kl_from_bare(model, batch, bare) / labels
-            (self.recipe.unrelated.weight * drift).backward()
-        return float(drift.detach())
+        model, total = self.base.model, 0.0
+        for group in self._groups(rows):
+            batch = collate(group, self.base.device)
+            with torch.no_grad():
+                bare = label_logits(model, batch)
+            with inject(model, factors, batch.documents):
+                drift = kl_from_bare(model, batch, bare) / labels
+                (self.recipe.unrelated.weight * drift).backward()
+            total += float(drift.detach())
+        return total

@@ -15,6 +15,7 @@ from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
+from hyperlora.groups import BATCH_TOKENS
 from hyperlora.inject import inject
 from hyperlora.memory import Memory
 from hyperlora.methods import METHODS, Document
@@ -110,7 +111,7 @@ def test_questions_in_several_batches_train_alike(
     asking: Recipe, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = [train_adapter(asking, base, [1e-2], tmp_path / "whole")["adapter"]]
-    monkeypatch.setattr("hyperlora.adapter_training._BATCH_TOKENS", {"cpu": 1})  # each by itself
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 1)  # each by itself
     losses.append(train_adapter(asking, base, [1e-2], tmp_path / "parts")["adapter"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
