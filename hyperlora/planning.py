@@ -7,7 +7,8 @@ known for any architecture, without a formula for each.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
 from hyperlora.groups import BATCH_TOKENS
-from hyperlora.inject import inject
+from hyperlora.inject import Factors, inject
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
@@ -133,7 +134,7 @@ def plan(
         peak, operations = 0, 0.0
         for load in loads:
             with LiveBytes(held) as live, flop_counter() as counter:
-                _micro_batch(generator, recipe, documents, load)
+                _micro_batch(generator, recipe, documents, load, BATCH_TOKENS[device])
             peak = max(peak, live.peak)
             operations += counter.get_total_flops() * load.weight / sum(other.weight for other in loads)
     return MicroBatch(
@@ -171,33 +172,49 @@ def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = _B
     return Memory(stage, weights, gradients, optimizer, buffers, fixed + buffers + step.working)
 
 
-def _micro_batch(generator: Generator, recipe: Recipe, documents: int, load: Load) -> None:
-    """What `Trainer.train_step` does to a micro-batch."""
-    base, rows = generator.base, documents * load.questions
+def _micro_batch(generator: Generator, recipe: Recipe, documents: int, load: Load, at_once: int) -> None:
+    """What `Trainer.train_step` does to a micro-batch, in passes of `at_once` padded tokens at most."""
+    base, told = generator.base, load.document + load.row
     factors = generator.factors([[0] * load.document] * documents)
     leaves = leaves_of(factors)
-    if recipe.teacher.hidden:
-        with torch.no_grad():
-            _logits(base, rows, load.document + load.row, load.labels)
-    with inject(base.model, leaves):
-        logits = _logits(base, rows, load.row, load.labels)
-        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
-    del logits
-    if recipe.beside:
-        count, tokens = math.ceil(documents * recipe.beside.share), load.document + load.row
-        with inject(base.model, {path: (a[:count], b[:count]) for path, (a, b) in leaves.items()}):
-            logits = _logits(base, count, tokens, load.labels)
+    for some in _passes(documents, load.questions * load.row, at_once):
+        rows = (some.stop - some.start) * load.questions
+        if recipe.teacher.hidden:
+            with torch.no_grad():
+                _logits(base, rows, told, load.labels)
+        with _injected(base, leaves, some):
+            logits = _logits(base, rows, load.row, load.labels)
             F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
         del logits
+    if recipe.beside:
+        for some in _passes(math.ceil(documents * recipe.beside.share), told, at_once):
+            with _injected(base, leaves, some):
+                logits = _logits(base, some.stop - some.start, told, load.labels)
+                F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
+            del logits
     if recipe.unrelated:
-        count, tokens = math.ceil(documents * recipe.unrelated.share), recipe.unrelated.tokens
-        with torch.no_grad():
-            bare = _logits(base, count, tokens, tokens)
-        with inject(base.model, {path: (a[:count], b[:count]) for path, (a, b) in leaves.items()}):
-            patched = F.log_softmax(_logits(base, count, tokens, tokens), dim=-1)
-            F.kl_div(patched, F.log_softmax(bare, dim=-1), reduction="sum", log_target=True).backward()
-        del bare, patched
+        tokens = recipe.unrelated.tokens
+        for some in _passes(math.ceil(documents * recipe.unrelated.share), tokens, at_once):
+            rows = some.stop - some.start
+            with torch.no_grad():
+                bare = _logits(base, rows, tokens, tokens)
+            with _injected(base, leaves, some):
+                patched = F.log_softmax(_logits(base, rows, tokens, tokens), dim=-1)
+                F.kl_div(patched, F.log_softmax(bare, dim=-1), reduction="sum", log_target=True).backward()
+            del bare, patched
     joined(factors, leaves).backward()
+
+
+def _passes(documents: int, tokens: int, at_once: int) -> Iterator[slice]:
+    """The documents of every pass, with so many tokens for each; never less than a whole document."""
+    count = max(1, at_once // tokens)
+    for start in range(0, documents, count):
+        yield slice(start, min(documents, start + count))
+
+
+def _injected(base: BaseModel, leaves: Factors, some: slice) -> AbstractContextManager[None]:
+    own = {path: (a, b) if len(a) == 1 else (a[some], b[some]) for path, (a, b) in leaves.items()}
+    return inject(base.model, own)
 
 
 def _logits(base: BaseModel, rows: int, tokens: int, labels: int) -> Tensor:

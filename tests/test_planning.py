@@ -11,6 +11,7 @@ import yaml
 
 from hyperlora import planning
 from hyperlora.flop_counter import flop_counter
+from hyperlora.groups import BATCH_TOKENS
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import Recipe, Teacher, Unrelated, read_recipe
@@ -44,12 +45,20 @@ def test_every_recipe_here_can_be_planned(path: Path) -> None:
     assert all(load.document > 0 and load.row > load.labels for load in loads)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "at_once"), [(False, 2048), (True, 2048), (False, 64)])
 @pytest.mark.parametrize("name", sorted(HYPERNETS))
 def test_a_plan_is_what_a_step_takes(
-    recipe: Recipe, tmp_path: Path, tiny_dirs: tuple[str, str], name: str, checkpointing: bool
+    recipe: Recipe,
+    tmp_path: Path,
+    tiny_dirs: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    checkpointing: bool,
+    at_once: int,
 ) -> None:
-    """The same step with data, on documents and questions of the planned sizes, with all parts of the loss."""
+    """The same step with data, on documents and questions of the planned sizes, with all parts of the loss, in one pass
+    of the student or in several."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", at_once)
     (tmp_path / "run").mkdir()
     settings = {"hypernet": name, "options": OPTIONS[name], "layers": [1, 3]}
     recipe = recipe.model_copy(

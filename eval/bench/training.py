@@ -128,12 +128,12 @@ def gradients(run: Trainer) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in found])
 
 
-def measure(recipe: Recipe, steps: int, peak: float | None) -> dict[str, Any]:
+def measure(recipe: Recipe, steps: int, peak: float | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"micro_batches": 1, "clip": 1e9})
     recipe.evaluation.facts, recipe.evaluation.qa = [], []
     folder = Path(tempfile.mkdtemp()) / "run"
     folder.mkdir()
-    run = start(recipe, folder, "bench")
+    run = start(recipe, folder, "bench", dtype=dtype)
     caught: list[Tensor] = []
     run.engine.step = lambda rates: caught.append(gradients(run)) or 0.0  # type: ignore[func-returns-value]
     drawing = run.drawing.steps(0)
@@ -170,11 +170,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", help="of the base, such as bfloat16")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the GPU; prints the share of it that the loop reaches")
     parser.add_argument("--set", action="append", default=[], help="key=value of the recipe, in YAML")
     options = parser.parse_args()
     changes = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in options.set)}
-    print(json.dumps(measure(read_recipe(options.recipe, **changes), options.steps, options.peak)))
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    print(json.dumps(measure(read_recipe(options.recipe, **changes), options.steps, options.peak, dtype)))
 
 
 if __name__ == "__main__":
