@@ -9,7 +9,6 @@ import json
 import random
 import zlib
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
 from hyperlora.groups import cheapest_groups
 from hyperlora.methods.adapted import fresh_adapter
-from hyperlora.packing import Packed, pack, stacked
+from hyperlora.packing import Packed, pack_alike, stacked
 from hyperlora.recipe import Recipe
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
@@ -152,10 +151,8 @@ def _packed(base: BaseModel, item: Item) -> tuple[Packed, list[int]]:
     tokenizer = base.tokenizer
     prompts = [base.prompt.prompt_ids(tokenizer, question.text, item.text) for question in item.questions]
     replies = [base.prompt.answer_ids(tokenizer, question.reply) for question in item.questions]
-    alike = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
-    shared = min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
-    parts = [(prompt[shared:], reply) for prompt, reply in zip(prompts, replies, strict=True)]
-    return pack(prompts[0][:shared], parts, base.device), [token for reply in replies for token in reply]
+    packed = pack_alike(list(zip(prompts, replies, strict=True)), base.device)
+    return packed, [token for reply in replies for token in reply]
 
 
 def _surprise(base: BaseModel, adapter: Adapter, packs: Sequence[tuple[Packed, list[int]]]) -> Tensor:

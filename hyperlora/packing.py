@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -54,6 +55,23 @@ def pack(prefix: list[int], parts: Sequence[tuple[list[int], list[int]]], device
         wanted=torch.tensor([wanted], device=device),
         visible=visible[None],
     )
+
+
+def pack_alike(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Packed:
+    """Prompts with their replies, of which what all prompts begin with is read once.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    prompts = [prompt for prompt, _ in sequences]
+    shared = alike(prompts)
+    return pack(prompts[0][:shared], [(prompt[shared:], reply) for prompt, reply in sequences], device)
+
+
+def alike(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, at most all but the last one of a prompt."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    return max(0, min(sum(1 for _ in same), min(map(len, prompts)) - 1))
 
 
 def stacked(packs: Sequence[Packed]) -> Packed:

@@ -48,6 +48,7 @@ class Load:
 
     Attributes:
         document: tokens of a document; `questions` rows of `row` tokens are asked on each, `labels` of them scored.
+        alike: tokens that its rows all begin with.
     """
 
     document: int
@@ -55,6 +56,7 @@ class Load:
     row: int
     labels: int
     weight: float
+    alike: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,14 @@ def _micro_batch(generator: Generator, recipe: Recipe, documents: int, load: Loa
     base, told = generator.base, load.document + load.row
     factors = generator.factors([[0] * load.document] * documents)
     leaves = leaves_of(factors)
-    for some in _passes(documents, load.questions * load.row, at_once):
-        rows = (some.stop - some.start) * load.questions
+    packed = load.alike + load.questions * (load.row - load.alike)
+    for some in _passes(documents, packed, at_once):
+        count = some.stop - some.start
         if recipe.teacher.hidden:
             with torch.no_grad():
-                _logits(base, rows, told, load.labels)
+                _logits(base, count * load.questions, told, load.labels)
         with _injected(base, leaves, some):
-            logits = _logits(base, rows, load.row, load.labels)
+            logits = _logits(base, count, packed, load.questions * load.labels)
             F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum").backward()
         del logits
     if recipe.beside:

@@ -59,7 +59,7 @@ class Session:
         # Models with code of their own, and transformers before 5.24, say `past_key_values`.
         known = signature(base.model.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
-        if "position_ids" not in known:  # such as those that weigh distances in the cache (ALiBi)
+        if not _takes_positions(base):
             kind = text_config(base.model).model_type
             raise UnsupportedBase(
                 f"{kind} cannot be told the positions of its tokens, which memories keep; use a base with rotary or "
@@ -232,6 +232,20 @@ class Session:
             mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
             masks[kind] = mask.masked_fill(~(allowed | itself), torch.finfo(dtype).min)[:, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _takes_positions(base: BaseModel) -> bool:
+    """Not those that weigh distances in the cache (ALiBi)."""
+    return "position_ids" in signature(base.model.forward).parameters
+
+
+def takes_masks(base: BaseModel) -> bool:
+    """Whether a session can run the base, and with the attention that it has."""
+    try:
+        attention_windows(base)
+    except UnsupportedBase:
+        return False
+    return base.attention in _MASKED and _takes_positions(base)
 
 
 def attention_windows(base: BaseModel) -> dict[str, int | None]:

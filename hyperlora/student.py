@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -24,8 +25,10 @@ from hyperlora.objectives import (
     state_spread,
     states,
 )
+from hyperlora.packing import Packed, pack_alike, stacked
 from hyperlora.prompt import document_ids, encode
 from hyperlora.recipe import Recipe
+from hyperlora.session import Session, takes_masks
 from hyperlora.structure import context_window, decoder_layers
 
 # Tokens of text: what a continuation starts from, what a document's own text goes on for behind as many, and how many
@@ -54,6 +57,7 @@ class Student:
         count = min(recipe.teacher.hidden_layers, len(self.blocks)) if recipe.teacher.hidden else 0
         self.matched = [len(self.blocks) * (i + 1) // count - 1 for i in range(count)]
         self.spread = torch.ones(count)
+        self.packs = takes_masks(base)  # what a document's questions begin with alike is read once
 
     @torch.no_grad()
     def measure(self, texts: Sequence[str]) -> None:
@@ -137,28 +141,45 @@ class Student:
             loss, nats per label; hidden, `state_distance` per label, where the recipe wants it.
         """
         parts = {"loss": 0.0} | ({"hidden": 0.0} if self.matched else {})
-        for group in self._groups(rows):
-            for name, part in self._losses(factors, group, labels).items():
-                parts[name] += part
+        if not self.packs:
+            for group in self._groups(rows):
+                _add(parts, self._losses(factors, group, labels))
+            return parts
+        runs = [list(found) for _, found in groupby(rows, key=lambda row: row.document)]
+        packs = [self._packed(run) for run in runs]
+        for numbers in cheapest_groups([packed.ids.shape[1] for packed in packs], self.base.device):
+            group = [row for number in numbers for row in runs[number]]
+            _add(parts, self._losses(factors, group, labels, stacked([packs[number] for number in numbers])))
         return parts
 
-    def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """Rows to run together."""
-        groups = cheapest_groups([len(row.ids) for row in rows], self.base.device)
-        return [[rows[number] for number in group] for group in groups]
+    def _packed(self, rows: list[Row]) -> Packed:
+        return pack_alike([(row.ids[: row.start], row.ids[row.start :]) for row in rows], self.base.device)
 
-    def _losses(self, factors: Factors, rows: list[Row], labels: int) -> dict[str, float]:
+    def _losses(self, factors: Factors, rows: list[Row], labels: int, packed: Packed | None = None) -> dict[str, float]:
+        """Of rows that run together: those of a document in one sequence where they are `packed`."""
         model, batch, teacher = self.base.model, collate(rows, self.base.device), self._told(rows)
-        with inject(model, factors, batch.documents), states(self.blocks, self.matched) as found:
-            loss = reply_loss(label_logits(model, batch), batch) / labels
+        documents = batch.documents if packed is None else batch.documents.unique_consecutive()
+        labelled = batch.labelled if packed is None else packed.wanted
+        with inject(model, factors, documents), states(self.blocks, self.matched) as found:
+            if packed is None:
+                logits = label_logits(model, batch)
+            else:
+                with Session(self.base, len(packed.ids), cached=False) as session:
+                    logits = packed.logits(session)
+            loss = reply_loss(logits, batch) / labels
             parts, total = {"loss": float(loss.detach())}, loss
             if teacher is not None:
                 where = torch.tensor([bool(row.told) for row in rows for _ in range(row.labels)])
-                own = torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
+                own = torch.stack([found[layer][labelled].float() for layer in self.matched])
                 far = state_distance(own[:, where.to(own.device)], teacher, self.spread.to(own.device)) / labels
                 parts["hidden"], total = float(far.detach()), loss + self.recipe.teacher.hidden * far
             total.backward()
         return parts
+
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
+        """Rows to run together, each in a sequence of its own."""
+        groups = cheapest_groups([len(row.ids) for row in rows], self.base.device)
+        return [[rows[number] for number in group] for group in groups]
 
     @torch.no_grad()
     def _told(self, rows: list[Row]) -> Tensor | None:
@@ -198,3 +219,8 @@ class Student:
                 (self.recipe.unrelated.weight * drift).backward()
             total += float(drift.detach())
         return total
+
+
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for name, number in more.items():
+        sums[name] += number

@@ -14,6 +14,7 @@ from hyperlora.flop_counter import flop_counter
 from hyperlora.groups import BATCH_TOKENS
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.live_bytes import LiveBytes
+from hyperlora.packing import alike
 from hyperlora.recipe import Recipe, Teacher, Unrelated, read_recipe
 from hyperlora.training import Trainer
 
@@ -82,6 +83,7 @@ def test_a_plan_is_what_a_step_takes(
         row=max(len(row.ids) for row in rows),
         labels=max(row.labels for row in rows),
         weight=1.0,
+        alike=alike([row.ids[: row.start] for row in rows]),
     )
     run.train_step()  # gradients and moments are there from now on
     for parameter in run.generator.hypernet.parameters():

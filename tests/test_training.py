@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -13,10 +14,12 @@ from hyperlora.activations import checkpoint_layers
 from hyperlora.base_model import BaseModel
 from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import Overlap
+from hyperlora.drawing import Drawing
 from hyperlora.engine import PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
 from hyperlora.hypernet import HYPERNETS
-from hyperlora.recipe import Beside, Recipe, read_recipe
+from hyperlora.leaves import leaves_of
+from hyperlora.recipe import Beside, Recipe, Teacher, read_recipe
 from hyperlora.training import Trainer, start
 
 from .conftest import OPTIONS, losses, make_base, make_generator
@@ -82,6 +85,32 @@ def test_micro_batches_divide_by_all_labels(recipe: Recipe, tmp_path: Path) -> N
     for one, *others in zip(*gradients, strict=True):
         for other in others:
             assert (one - other).norm() < 2e-3 * one.norm() + 1e-6
+
+
+def test_rows_of_a_document_in_one_sequence_are_what_they_are_alone(
+    recipe: Recipe, tmp_path: Path, any_base: BaseModel
+) -> None:
+    """Losses and gradients, with hidden states to match: packed, padded and row by row."""
+    recipe.documents, recipe.teacher = 6, Teacher(hidden=0.1, hidden_layers=2)
+    recipe.mix[0].questions = 3
+    generator = make_generator(any_base)
+    student = Trainer(recipe, generator, tmp_path / "run").student
+    assert student.packs
+    micro = next(Drawing(recipe, any_base, student).steps(0)).micro[0]
+    assert max(Counter(row.document for row in micro.rows).values()) == 3
+    with torch.no_grad():
+        factors = generator.factors([generator.encoder.tokenize(item.text) for item in micro.items])
+    labels, found = sum(row.labels for row in micro.rows), []
+    for packs, groups in ((True, [micro.rows]), (False, [micro.rows]), (False, [[row] for row in micro.rows])):
+        student.packs, leaves = packs, leaves_of(factors)
+        parts = [student.losses(leaves, rows, labels) for rows in groups]
+        gradients = [tensor.grad for pair in leaves.values() for tensor in pair if tensor.grad is not None]
+        sums = {name: sum(part.get(name, 0.0) for part in parts) for name in ("loss", "hidden")}
+        found.append((sums, torch.cat([gradient.flatten() for gradient in gradients])))
+    (slow, expected), others = found[-1], found[:-1]
+    for sums, gradient in others:
+        assert sums == pytest.approx(slow, rel=1e-4)
+        assert float((gradient - expected).norm()) < 1e-4 * float(expected.norm())
 
 
 def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from hyperlora import planning, ranks
+from hyperlora.packing import alike
 from hyperlora.peak_memory import peak_memory
 from hyperlora.recipe import Recipe, read_recipe
 from hyperlora.training import start
@@ -54,6 +55,7 @@ def measure(recipe: Recipe, base: str | None, documents: int, deepspeed: Path | 
         row=max(len(row.ids) for row in rows),
         labels=max(row.labels for row in rows),
         weight=1.0,
+        alike=alike([row.ids[: row.start] for row in rows]),
     )
     with peak_memory(run.base.device) as peak:
         run.train_step()
