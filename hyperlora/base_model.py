@@ -1,8 +1,6 @@
 """Find and load the frozen base: the embedded default, a hub id, a local directory or a GGUF file."""
 
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +16,7 @@ import transformers  # as a whole: it loads its classes when they are first used
 
 from hyperlora.errors import HyperloraError, InputError, OutOfMemory, nearest, out_of_memory
 from hyperlora.files import file_sha256
+from hyperlora.fingerprint import Fingerprint, fingerprint, sampled
 from hyperlora.prompt import PromptFormat, prompt_format
 from hyperlora.structure import text_config
 
@@ -29,22 +28,6 @@ class BaseNotFound(HyperloraError):
     """The base model cannot be found or read."""
 
     code = 6
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Identity of a base model: `config` hashes its architecture, `weights` a sample of every parameter in bfloat16.
-
-    `weights` is None for quantised and float16 models, whose parameters cannot be compared with the original's.
-    """
-
-    config: str
-    weights: str | None
-
-    def same(self, other: "Fingerprint") -> bool:
-        if self.weights is None or other.weights is None:
-            return self.config == other.config
-        return self == other
 
 
 @dataclass
@@ -93,7 +76,7 @@ class BaseModel:
         """What tells the base from others in the keys of what was computed with it: its fingerprint, and the values of
         weights that this cannot compare with those of other precisions."""
         found = vars(self.fingerprint)
-        return found if found["weights"] else found | {"values": _sampled(self.model)}
+        return found if found["weights"] else found | {"values": sampled(self.model)}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -102,26 +85,6 @@ class BaseModel:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * 2 * config.num_hidden_layers * heads * width
-
-
-def fingerprint(model: Any) -> Fingerprint:
-    """Hash of the architecture and of 64 evenly spaced values of every parameter, equal for float32 and bfloat16."""
-    config = text_config(model)
-    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    shape = json.dumps({key: getattr(config, key, None) for key in keys}, sort_keys=True)
-    # float16 rounds differently from bfloat16, and packed weights are not comparable at all.
-    incomparable = getattr(model, "quantization_method", None) is not None or model.dtype == torch.float16
-    return Fingerprint(hashlib.sha256(shape.encode()).hexdigest()[:16], None if incomparable else _sampled(model))
-
-
-def _sampled(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def cache_dir() -> Path:

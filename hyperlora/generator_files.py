@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hyperlora.base_model import Fingerprint
 from hyperlora.errors import InputError
 from hyperlora.files import new_directory
+from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.patch import Provenance
 

@@ -27,7 +27,7 @@ class Tokens:
         ids: the last one may stand for a token that is not known yet.
         context: which of them are the context.
         reply: number of the first one of the reply.
-        states: (read, d_model) final hidden states of what the layout has read already, by place.
+        states: (read, d_model) final hidden states of what the layout has read already, by place; for rules by state.
     """
 
     ids: Sequence[int]
@@ -146,15 +146,16 @@ class Stream:
         session: fresh.
         least: tokens in a piece at least, where freeing at once would make pieces of single tokens.
         most: and at most, which bounds the size of the attention mask.
+        stateful: keep the final hidden states of what is read.
     """
 
-    def __init__(self, session: Session, rows: int, least: int = 1, most: int = 1024):
-        self.session, self.least, self.most = session, min(least, most), most
+    def __init__(self, session: Session, rows: int, least: int = 1, most: int = 1024, stateful: bool = False):
+        self.session, self.least, self.most, self.stateful = session, min(least, most), most, stateful
         self._read: list[list[int]] = [[] for _ in range(rows)]
         self._states: list[list[Tensor]] = [[] for _ in range(rows)]
 
     def states(self, row: int) -> Tensor:
-        """Final hidden states (read, d_model), by place."""
+        """Final hidden states (read, d_model), by place; none unless they are kept."""
         return torch.cat(self._states[row]) if self._states[row] else torch.empty(0, 0)
 
     def advance(self, layouts: Sequence[Layout], ends: Sequence[int]) -> list[Tensor]:
@@ -215,8 +216,9 @@ class Stream:
             visible=visible.to(device),
             gate=gate.to(device),
         )
-        for states, hidden, piece in zip(self._states, session.hidden, pieces, strict=True):
-            states.append(hidden[: len(piece)])
+        if self.stateful:
+            for states, hidden, piece in zip(self._states, session.hidden, pieces, strict=True):
+                states.append(hidden[: len(piece)].clone())
         return list(logits.split(wanted.sum(1).tolist()))
 
 

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperlora.base_model import Fingerprint, fingerprint
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.files import new_directory, push_folder
+from hyperlora.fingerprint import Fingerprint, fingerprint
 from hyperlora.norm_control import hold, update_norm
 from hyperlora.rank_cap import cap_rank
 from hyperlora.structure import is_transposed, linear_shape

@@ -229,7 +229,7 @@ class LayoutReader(Reader):
             for memory, prompt in zip(memories, prompts, strict=True)
         ]
         self.before = [len(row) for row in self.rows]
-        self.stream = Stream(self.session, len(memories), _LEAST, chunk)
+        self.stream = Stream(self.session, len(memories), _LEAST, chunk, self.by_state)
 
     def replies(self) -> list[Tensor]:
         asked = [prompt.reply for prompt in self.prompts]
@@ -259,7 +259,8 @@ class LayoutReader(Reader):
         found = self.stream.advance(layouts, [len(layout.ids) - 1 for layout in layouts])
         if self.by_state:  # the newest token's state is known now, and with it what comes behind
             layouts = self._layouts(further)
-            self.stream.advance(layouts, [len(layout.ids) - 1 for layout in layouts])
+            behind = self.stream.advance(layouts, [len(layout.ids) - 1 for layout in layouts])
+            found = [new if len(new) else old for old, new in zip(found, behind, strict=True)]
         return torch.cat([found[row] for row in rows])
 
     def _layouts(self, further: Sequence[list[int]]) -> list[Layout]:

@@ -226,17 +226,19 @@ class Session:
         """Additive masks (rows, 1, tokens, kv_rows), by layer type where there is more than one."""
         dtype = self.base.model.dtype
         masks = {}
-        distance = positions[:, :, None] - self.positions[:, None, :]
         for kind, window in self._windows.items():
-            allowed = seen if window is None else seen & (distance < window)
+            allowed = seen
+            if window is not None:
+                allowed = seen & (positions[:, :, None] - self.positions[:, None, :] < window)
             mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
             masks[kind] = mask.masked_fill(~(allowed | itself), torch.finfo(dtype).min)[:, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def _takes_positions(base: BaseModel) -> bool:
-    """Not those that weigh distances in the cache (ALiBi)."""
-    return "position_ids" in signature(base.model.forward).parameters
+    """Not those that weigh distances in the cache (ALiBi), whether they say so or take none."""
+    alibi = getattr(text_config(base.model), "alibi", False)
+    return not alibi and "position_ids" in signature(base.model.forward).parameters
 
 
 def takes_masks(base: BaseModel) -> bool:

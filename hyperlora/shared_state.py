@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyperlora.base_model import BaseModel, Fingerprint
+from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.files import new_directory, sha256
+from hyperlora.fingerprint import Fingerprint
 from hyperlora.inject import Factors
 from hyperlora.patch import Provenance, check_base
 

@@ -189,10 +189,15 @@ class Student:
 
     def _states(self, rows: list[Row]) -> Tensor:
         """Hidden states (layers, labels, d_model) of the bare base, behind the layers that are matched."""
-        batch = collate(rows, self.base.device)
-        with states(self.blocks, self.matched) as found:
-            self.base.model.base_model(input_ids=batch.ids, use_cache=False)
-        return torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
+        parts: dict[int, Tensor] = {}  # by row
+        for numbers in cheapest_groups([len(row.ids) for row in rows], self.base.device):
+            group = [rows[number] for number in numbers]
+            batch = collate(group, self.base.device)
+            with states(self.blocks, self.matched) as found:
+                self.base.model.base_model(input_ids=batch.ids, use_cache=False)
+            own = torch.stack([found[layer][batch.labelled].float() for layer in self.matched])
+            parts |= dict(zip(numbers, own.split([row.labels for row in group], dim=1), strict=True))
+        return torch.cat([parts[number] for number in range(len(rows))], dim=1)
 
     def misled(self, factors: Factors, rows: list[Row], labels: int) -> float:
         """Leave the gradient of the weighted loss of `beside` rows in the factors; the rows' part of its mean."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hyperlora import checkpoint, ranks
 from hyperlora.activations import checkpoint_layers, stored
-from hyperlora.base_model import Fingerprint, load_base
+from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import check_disjoint
@@ -32,6 +32,7 @@ from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged, out_of_m
 from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
+from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator import Generator
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.recipe import Recipe

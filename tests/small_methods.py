@@ -229,6 +229,25 @@ class Placing(Ruled):
         return layouts.placed(ids, after, self.new + 2, tokens.reply)
 
 
+class Relaying(Placing):
+    """As `Placing`, but the inserted token predicts what comes next, in the place of the one before it."""
+
+    name = "relaying"
+
+    def rule(self, tokens: Tokens) -> Layout:
+        return self.relayed(super().rule(tokens))
+
+    def expected(self, tokens: Tokens) -> Layout:
+        return self.relayed(super().expected(tokens))
+
+    def relayed(self, layout: Layout) -> Layout:
+        places = (layout.ids[:-1] == self.new + 2).nonzero().flatten()
+        predicts = layout.predicts.clone()
+        predicts[places], predicts[places - 1] = predicts[places - 1], -1
+        return replace(layout, predicts=predicts)
+
+
 SMALL: dict[str, Callable[[BaseModel], SmallMethod]] = {
-    method.name: method for method in (Gist, Compressed, Merged, GatedTokens, DroppedSpan, Window, Compressing, Placing)
+    method.name: method
+    for method in (Gist, Compressed, Merged, GatedTokens, DroppedSpan, Window, Compressing, Placing, Relaying)
 }

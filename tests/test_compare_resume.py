@@ -241,8 +241,11 @@ def test_a_folder_goes_on_with_the_same_tasks_only(experiment: Path, base: BaseM
     elsewhere = task.replace("data.jsonl", "other.jsonl")
     one_of_two = f"{task}\n{elsewhere.replace('notes', 'letters')}"
     for tasks in (elsewhere, one_of_two, task.replace("tokens: 4", "tokens: 5")):
-        with pytest.raises(InputError, match="results of experiment 'tiny'"):
+        with pytest.raises(
+            InputError, match=r"results of experiment 'tiny' on .* whose task '(notes|letters)' is another"
+        ):
             begin(text.replace(task, tasks))
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     begin(text.replace(task, task.replace("max_new", "items: 3, max_new")))
+    begin(text.replace(task, task.replace("max_new", "seed: 0, max_new")))  # which it is without a word
     begin(text.replace("  cache: {method: kv_cache, items: 3}\n", ""))

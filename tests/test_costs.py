@@ -135,8 +135,8 @@ def test_break_even() -> None:
     assert break_even(100.0, 11.0, 0.0, 11.0) is None  # never cheaper
     assert break_even(10.0, 1.0, 50.0, 11.0) == (0.0, None)  # from the first question on
     assert break_even(10.0, 11.0, 50.0, 11.0) == (0.0, None)
-    assert break_even(10.0, 21.0, 50.0, 11.0) == (0.0, pytest.approx(4.0))  # 10 + 21 Q < 50 + 11 Q
-    for compiled in (45.0, 50.0, 60.0):  # 45 is made up for half a question, and there are only whole ones
+    assert break_even(10.0, 21.0, 50.0, 11.0) == (0.0, 3.0)  # 10 + 21 Q < 50 + 11 Q
+    for compiled in (40.0, 45.0, 50.0, 60.0):  # there are only whole questions
         assert break_even(compiled, 21.0, 50.0, 11.0) is None
     assert break_even(10.0, 21.0, 55.0, 11.0) == (0.0, 4.0)
     assert break_even(50.0, 11.0, 50.0, 11.0) is None

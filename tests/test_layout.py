@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
 
 from hyperlora.base_model import BaseModel
 from hyperlora.layout import Layout, Stream, run_incremental, run_masked
-from hyperlora.session import Session
+from hyperlora.session import Session, takes_masks
 from hyperlora.shared_state import SharedState
 from hyperlora.structure import UnsupportedBase
 
@@ -185,9 +185,13 @@ def test_tokens_inserted_while_decoding_match_the_masked_layout() -> None:
 
 
 def test_a_base_that_takes_no_positions_is_refused(base: BaseModel) -> None:
-    alibi = BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4))
-    with pytest.raises(UnsupportedBase, match="bloom cannot be told the positions"):
-        Session(BaseModel("bloom", alibi, base.tokenizer), 1)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "num_attention_heads": 4}
+    falcon = FalconConfig(**sizes, num_hidden_layers=2, alibi=True)
+    for config in (BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4), falcon):
+        alibi = BaseModel("alibi", AutoModelForCausalLM.from_config(config), base.tokenizer)
+        assert not takes_masks(alibi)
+        with pytest.raises(UnsupportedBase, match=f"{config.model_type} cannot be told the positions"):
+            Session(alibi, 1)
 
 
 def test_impossible_layouts_are_refused() -> None:

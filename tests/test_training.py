@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 from collections import Counter
@@ -8,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig, OPTForCausalLM
 
 from hyperlora.activations import checkpoint_layers
 from hyperlora.base_model import BaseModel
@@ -111,6 +112,18 @@ def test_rows_of_a_document_in_one_sequence_are_what_they_are_alone(
     for sums, gradient in others:
         assert sums == pytest.approx(slow, rel=1e-4)
         assert float((gradient - expected).norm()) < 1e-4 * float(expected.norm())
+
+
+def test_a_base_that_takes_no_masks_is_trained_row_by_row(recipe: Recipe, tmp_path: Path, base: BaseModel) -> None:
+    config = FalconConfig(
+        vocab_size=len(base.tokenizer), hidden_size=32, num_hidden_layers=4, num_attention_heads=4, alibi=True
+    )
+    torch.manual_seed(0)
+    falcon = BaseModel("falcon", AutoModelForCausalLM.from_config(config), base.tokenizer)
+    run = Trainer(recipe, make_generator(falcon), tmp_path / "run")
+    assert not run.student.packs
+    first = run.train_step()
+    assert math.isfinite(first["loss"]) and first["gradient_norm"] > 0
 
 
 def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp_path: Path) -> None:

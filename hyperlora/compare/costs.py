@@ -1,6 +1,7 @@
 """What a memory costs: FLOPs counted by torch, and the clock, one document and one question at a time."""
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,4 +99,5 @@ def break_even(
     questions = max(0.0, (compile_flops - base_once) / (base_query - query_flops))
     if query_flops < base_query:
         return questions, None
-    return (0.0, float(int(questions))) if questions >= 1 else None
+    last = math.ceil(questions) - 1
+    return (0.0, float(last)) if last > 0 else None

@@ -26,6 +26,7 @@ from hyperlora.files import write_text
 from hyperlora.methods import Document, Method
 from hyperlora.report import check_plots, write_report
 from hyperlora.runtime import Runtime
+from hyperlora.tasks import read_task
 
 _EXPERIMENT, _RESULTS = "experiment.json", "results.json"
 
@@ -87,9 +88,10 @@ class Comparison:
                 raise InputError(f"{path} cannot be read ({error}); choose another -o") from error
             if not isinstance(found, dict):
                 raise InputError(f"{path} is no JSON object; choose another -o")
-            if {key: found.get(key) for key in record} != record or not self._continues(found):
-                theirs = f"{found.get('name')!r} on {found.get('base')}"
+            theirs = f"{found.get('name')!r} on {found.get('base')}"
+            if {key: found.get(key) for key in record} != record:
                 raise InputError(f"{self.folder} holds the results of experiment {theirs}; choose another -o")
+            self._check_tasks(found, f"{self.folder} holds the results of experiment {theirs}")
             if found.get("prompt", prompt) != prompt:
                 raise InputError(
                     f"{self.folder} was asked in another prompt format, such as that of another chat template; choose "
@@ -101,12 +103,15 @@ class Comparison:
         record |= {"experiment": self.experiment.model_dump(mode="json"), "prompt": prompt}
         write_text(path, json.dumps(record, indent=1) + "\n")
 
-    def _continues(self, found: dict[str, Any]) -> bool:
-        """Whether an experiment has tasks of this one, and all that both have are the same but for how many items."""
-        tasks, theirs = self.experiment.model_dump(mode="json")["tasks"], found.get("experiment", {}).get("tasks", {})
-        both = [label for label in tasks if label in theirs]
-        same = [theirs[label] | {"items": None} == tasks[label] | {"items": None} for label in both]
-        return bool(both) and all(same)
+    def _check_tasks(self, found: dict[str, Any], what: str) -> None:
+        """Raises InputError unless both have tasks in common, which are the same but for how many items they have."""
+        theirs = found.get("experiment", {}).get("tasks", {})
+        both = [label for label in self.experiment.tasks if label in theirs]
+        if not both:
+            raise InputError(f"{what} with other tasks; choose another -o")
+        for label in both:
+            if _but_for_items(self.experiment.tasks[label], label) != _but_for_items(theirs[label], label):
+                raise InputError(f"{what} whose task {label!r} is another one; choose another label or another -o")
 
     def method(self, label: str, seed: int) -> Method:
         spec = self.experiment.methods[label]
@@ -203,3 +208,11 @@ class Comparison:
         if key not in self.cache:
             self.cache.add({key: measure_costs(method, budgets, items, setting.tokens, self.runtime)})
         return self.cache[key]
+
+
+def _but_for_items(spec: dict[str, Any], label: str) -> dict[str, Any]:
+    """All settings of a task but how many items it has; as they are written where it cannot be read."""
+    try:
+        return read_task(spec, label).model_dump(exclude={"items"})
+    except InputError:
+        return spec

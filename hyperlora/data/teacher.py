@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora import ranks
-from hyperlora.base_model import BaseModel, Fingerprint
+from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item
 from hyperlora.errors import InputError
 from hyperlora.evaluation.metrics import contains
 from hyperlora.files import sha256, write_text
+from hyperlora.fingerprint import Fingerprint
 from hyperlora.memory import Memory
 from hyperlora.prompt import document_ids
 from hyperlora.runtime import Prompt, Runtime
