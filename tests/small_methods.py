@@ -20,22 +20,26 @@ from .test_layout import shared_state
 
 
 class SmallMethod(Method):
-    """What they share: their trained state, made at random, and the layout that says what they should compute."""
+    """What they share: their trained state, made at random."""
 
     def __init__(self, base: BaseModel, seed: int = 0):
         super().__init__(base, None, seed)
         self.shared = shared_state(base)
         self.new = base.model.get_input_embeddings().num_embeddings  # id of the first new token
 
-    @abstractmethod
-    def expected(self, tokens: Tokens) -> Layout:
-        """The layout of prefix, context, prompt and reply."""
-
     def texts(self, documents: Sequence[Document]) -> list[tuple[int, ...]]:
         return [tuple(document_ids(self.base.tokenizer, document.text)) for document in documents]
 
 
-class Stored(SmallMethod):
+class LaidOut(SmallMethod):
+    """A method of which a layout says what it should compute."""
+
+    @abstractmethod
+    def expected(self, tokens: Tokens) -> Layout:
+        """The layout of prefix, context, prompt and reply."""
+
+
+class Stored(LaidOut):
     """Keys and values of what the layout keeps of the document."""
 
     @torch.no_grad()
@@ -96,9 +100,6 @@ class Merged(SmallMethod):
 
     name = "merged"
 
-    def expected(self, tokens: Tokens) -> Layout:
-        raise NotImplementedError("a mean is no layout")
-
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
         return [Memory(kv=self.merged(list(text)), shared=self.shared) for text in self.texts(documents)]
 
@@ -144,7 +145,7 @@ def mean(held: Tensor, new: Tensor, count: int, prefix: int) -> Tensor:
     return torch.cat([held[:, :prefix], (count * held[:, prefix:] + new[:, prefix:]) / (count + 1)], dim=1)
 
 
-class GatedTokens(SmallMethod):
+class GatedTokens(LaidOut):
     """New tokens behind the document, at which alone an adapter acts."""
 
     name = "gated_tokens"
@@ -157,7 +158,7 @@ class GatedTokens(SmallMethod):
         return [Memory(text=(*text, self.new, self.new + 1), shared=self.shared) for text in self.texts(documents)]
 
 
-class Ruled(SmallMethod):
+class Ruled(LaidOut):
     """The document under a rule."""
 
     def compile(self, documents: Sequence[Document], budgets: Sequence[int] | None = None) -> list[Memory]:
