@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperlora import ranks
 from hyperlora.activations import stored
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
@@ -76,12 +75,8 @@ class Encoder:
         return [ids[a : b + self.overlap] for a, b in pairwise(starts)]
 
     def batches(self, chunks: Sequence[list[int]]) -> list[list[int]]:
-        """Numbers of chunks to read together: of like length, so that there is little padding.
-
-        Several processes take few batches, for they share out weights and wait for each other at every one.
-        """
-        fewest = ranks.count() > 1
-        return cheapest_groups(list(map(len, chunks)), self.base.device, self.batch_tokens, fewest)
+        """Numbers of chunks to read together: of like length, so that there is little padding."""
+        return cheapest_groups(list(map(len, chunks)), self.base.device, self.batch_tokens)
 
     def open(self, chunks: list[list[int]], timed: Timed = nullcontext) -> "ChunkReading":
         """A batch of chunks (token ids) to be read in the way that a hypernetwork asks for, inside `timed`."""

@@ -24,18 +24,15 @@ def padded_groups(sizes: Sequence[int], tokens: int) -> Iterator[list[int]]:
         yield group
 
 
-def cheapest_groups(
-    sizes: Sequence[int], device: torch.device, tokens: int | None = None, fewest: bool = False
-) -> list[list[int]]:
+def cheapest_groups(sizes: Sequence[int], device: torch.device, tokens: int | None = None) -> list[list[int]]:
     """Numbers of rows of `sizes`, the longest first, in the groups that cost least on a device: a group's cost is its
     padded size, and some more for the pass.
 
     Args:
         tokens: of padded size at most, unless a row has more; default `BATCH_TOKENS`.
-        fewest: rather one group less than any padding.
     """
     limit = tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    each = sum(sizes) * len(sizes) if fewest else _PASS_TOKENS.get(device.type, _PASS_TOKENS["cpu"])
+    each = _PASS_TOKENS.get(device.type, _PASS_TOKENS["cpu"])
     order = sorted(range(len(sizes)), key=lambda number: (-sizes[number], number))
     costs, starts = [0], [0]  # of the cheapest groups of the first rows, and where the last of these groups begins
     for end in range(1, len(order) + 1):

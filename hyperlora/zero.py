@@ -12,8 +12,9 @@ from shlex import quote
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor, autograd, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hyperlora import ranks
 from hyperlora.checkpoint import read_position
@@ -54,7 +55,7 @@ class ZeroEngine(Engine):
                     first = error.errors()[0]
                     why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
                 raise InputError(f"DeepSpeed refuses its settings: {why.splitlines()[0]}; correct them") from error
-        self.call, self.module, self.optimizer, self.stage = self.engine.__call__, module, optimizer, stage
+        self.module, self.optimizer, self.stage = module, optimizer, stage
         self.gather = deepspeed.zero.GatheredParameters
 
     def _tag(self, checkpoint: Path) -> str:
@@ -76,6 +77,16 @@ class ZeroEngine(Engine):
             f"{self.layout['stage']}; convert it with: python -m deepspeed.checkpoint.ds_to_universal "
             f"--input_folder {quote(str(checkpoint / _SHARDS))} --output_folder {quote(str(checkpoint / _UNIVERSAL))}"
         )
+
+    def call(self, *arguments: Any) -> Any:
+        """The forward pass; the backward pass of the whole call begins when all that is made of it has a gradient.
+
+        Sharded weights are gathered by all processes together, as the backward pass comes to them. What is made of a
+        document need not use all of the outputs, and which it uses depends on its length, so without this processes
+        would wait for each other in different places, for ever.
+        """
+        outputs, structure = tree_flatten(self.engine(*arguments))
+        return tree_unflatten(_Together.apply(*outputs), structure)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -106,6 +117,18 @@ class ZeroEngine(Engine):
         path, _ = self.engine.load_checkpoint(str(folder), tag=self.tag)
         if path is None:
             raise InputError(f"{folder} holds no optimizer state that DeepSpeed can read; choose another -o")
+
+
+class _Together(autograd.Function):
+    """Tensors as they are; the gradients of all of them arrive together, zero for those that nothing was made of."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:

@@ -37,12 +37,6 @@ def test_groups_cost_as_little_as_they_can(monkeypatch: pytest.MonkeyPatch, limi
     assert cheapest_groups([], torch.device("cpu")) == []
 
 
-def test_the_fewest_groups_have_as_little_padding_as_they_can() -> None:
-    groups = cheapest_groups([300, 10, 290, 20, 5], torch.device("cpu"), 600, fewest=True)
-    assert groups == [[0, 2], [3, 1, 4]]
-    assert cheapest_groups([300, 10, 290], torch.device("cpu"), 2048, fewest=True) == [[0, 2, 1]]
-
-
 def test_a_gpu_runs_fewer_and_larger_groups() -> None:
     sizes = [400, *[60] * 30]
     assert len(cheapest_groups(sizes, torch.device("cuda"))) == 1 < len(cheapest_groups(sizes, torch.device("cpu")))

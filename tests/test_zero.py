@@ -140,6 +140,7 @@ def convert(err: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in HYPERNETS if name != "associative"])
 def test_sharded_weights_serve_every_architecture(recipe: Recipe, recipe_file: Path, tmp_path: Path, name: str) -> None:
+    """Some processes read their documents in fewer batches than others."""
     recipe.generator = recipe.generator.model_copy(update={"hypernet": name, "options": OPTIONS[name]})
     recipe_file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     start(recipe, tmp_path / "one", "tiny").run()
@@ -147,11 +148,15 @@ def test_sharded_weights_serve_every_architecture(recipe: Recipe, recipe_file: P
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", HYPERNETS)
 def test_processes_that_read_more_do_not_leave_the_others_behind(
-    recipe: Recipe, recipe_file: Path, tmp_path: Path
+    recipe: Recipe, recipe_file: Path, tmp_path: Path, name: str
 ) -> None:
-    """Documents of different numbers of chunks, with weights that all processes must gather at the same time."""
-    recipe.generator = recipe.generator.model_copy(update={"chunk_tokens": 24})
+    """Documents of different ranks and numbers of chunks, with weights that all processes must gather at the same
+    time."""
+    update = {"chunk_tokens": 24, "hypernet": name, "options": OPTIONS[name]}
+    update |= {"rank": 4, "rank_tokens": 12, "max_rank": 8}
+    recipe.generator = recipe.generator.model_copy(update=update)
     for task in recipe.mix:
         if isinstance(task, TextTask):
             task.tokens = (4, 90)
