@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "Patch", "__version__", "load_base", "patched"]
+__all__ = ["Generator", "Patch", "__version__", "answer", "load_base", "patched"]
 
 if TYPE_CHECKING:
     from hyperlora.base_model import load_base
+    from hyperlora.evaluation.answers import answer
     from hyperlora.generator import Generator
     from hyperlora.inject import patched
     from hyperlora.patch import Patch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Generator": "hyperlora.generator",
     "Patch": "hyperlora.patch",
+    "answer": "hyperlora.evaluation.answers",
     "load_base": "hyperlora.base_model",
     "patched": "hyperlora.inject",
 }

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from hyperlora.errors import InputError
 
 
 @contextmanager
-def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, marker: str, force: bool = False) -> Iterator[Path]:
     """A temporary directory that takes the name `path` when the block ends well and vanishes when it does not.
 
+    Args:
+        marker: a file that every such directory has; `force` replaces no other.
+
     Raises:
-        InputError: `path` exists and `force` is not set, or the disk cannot be written.
+        InputError: `path` may not be replaced, or the disk cannot be written.
     """
-    check_free(path, force)
+    check_directory(path, marker, force)
     partial: Path | None = None
     replaced: Path | None = None
     try:
@@ -32,13 +35,13 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
         yield partial
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
-        check_free(path, force)  # it may have appeared meanwhile
+        check_directory(path, marker, force)  # it may have appeared meanwhile
         if path.exists():
             replaced = partial.with_name(partial.name + "-old")
             os.replace(path, replaced)
         os.replace(partial, path)
         if replaced is not None:
-            shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+            shutil.rmtree(replaced)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         if replaced is not None and replaced.exists() and not path.exists():
             os.replace(replaced, path)
@@ -49,9 +52,27 @@ def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Raises InputError when `path` exists and may not be replaced."""
+    """Raises InputError when the file `path` may not be written: there is one, without `force`, or a directory."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; choose another output")
     if path.exists() and not force:
         raise InputError(f"{path} already exists; choose another output or pass --force to replace it")
+
+
+def check_directory(path: Path, marker: str, force: bool) -> None:
+    """Raises InputError when the directory `path` may not be written: there is one that is not empty, without `force`;
+    or what is there has no file `marker`, so that it is something else."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} already exists and is a file; choose another output")
+    held = sorted(entry.name for entry in path.iterdir())
+    if held and not force:
+        raise InputError(f"{path} already exists; choose another output or pass --force (force=True) to replace it")
+    if held and marker not in held:
+        raise InputError(
+            f"{path} holds other things ({held[0]}), which --force does not replace; choose another output"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,3 +135,26 @@ def push_folder(save: Callable[[Path], None], repository: str, private: bool, to
         save(Path(scratch) / "upload")
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=Path(scratch) / "upload"))
+
+
+def may_be_on_hub(name: str | Path) -> bool:
+    """Whether a name may stand for a hub repository: user/name."""
+    return not Path(name).is_absolute() and str(name).count("/") == 1 and not str(name).startswith(".")
+
+
+def from_hub(what: str, repository: str, files: Sequence[str]) -> Path:
+    """The folder that these files of a hub repository were downloaded to, or lay in already.
+
+    Args:
+        what: is wanted, for the error.
+
+    Raises:
+        InputError: there is no such repository, or no way to it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"no {what} {repository}: neither a directory here nor to be had from the hub") from error

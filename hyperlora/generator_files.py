@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hyperlora.errors import InputError
-from hyperlora.files import new_directory
+from hyperlora.files import from_hub, may_be_on_hub, new_directory
 from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.patch import Provenance
@@ -86,7 +86,7 @@ def stored_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_generator(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], force: bool) -> None:
     """Write both files, atomically. Raises InputError: `path` exists, without `force`, or the disk is full."""
-    with new_directory(path, force) as folder:
+    with new_directory(path, CONFIG, force) as folder:
         (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -99,12 +99,6 @@ def _locate(name: str | Path | None) -> Path:
         return folder
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
+    if not may_be_on_hub(name):
         raise InputError(f"no generator at {name}: give a directory that `hyperlora train` wrote, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"no generator {name}: neither a directory here nor to be had from the hub") from error
+    return from_hub("generator", str(name), [CONFIG, WEIGHTS])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperlora.errors import BaseMismatch, InputError
-from hyperlora.files import new_directory, push_folder
+from hyperlora.files import from_hub, may_be_on_hub, new_directory, push_folder
 from hyperlora.fingerprint import Fingerprint, fingerprint
 from hyperlora.norm_control import hold, update_norm
 from hyperlora.rank_cap import cap_rank
@@ -202,7 +202,7 @@ class Patch:
             inference_mode=True,
             base_model_name_or_path=self.provenance.base,
         )
-        with new_directory(Path(path), force) as folder:
+        with new_directory(Path(path), PROVENANCE, force) as folder:
             config.save_pretrained(str(folder))
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
             (folder / PROVENANCE).write_text(json.dumps(asdict(self.provenance), indent=1) + "\n")
@@ -211,11 +211,18 @@ class Patch:
     def load(path: str | Path) -> "Patch":
         """Read a patch that `save` wrote, PEFT's scale folded in; shapes are checked before any tensor is read.
 
+        Args:
+            path: a directory, or a hub repository (user/name).
+
         Raises:
             InputError: no patch there, or a damaged one.
         """
-        folder = Path(path)
-        missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
+        folder, names = Path(path), (WEIGHTS, CONFIG, PROVENANCE)
+        if not folder.exists() and may_be_on_hub(path):
+            folder = from_hub("patch", str(path), names)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing and (held := sorted(folder.glob(f"*/{PROVENANCE}"))):
+            raise InputError(f"{folder} holds patches of several documents; name one of them, such as {held[0].parent}")
         if missing:
             raise InputError(f"{folder} is not a hyperlora patch: no {', '.join(missing)}")
         try:

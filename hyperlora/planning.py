@@ -34,12 +34,12 @@ from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
 from hyperlora.student import BEFORE, RECALLED, UNSCORED
+from hyperlora.zero import BUCKET
 
 FLOAT = 4  # bytes of a number of the trained module, its gradient and each of Adam's moments
 _FACT_TOKENS = 14
 _QUOTED_TOKENS = 60  # of the sentence that a made question quotes
-_BUCKET = 500_000_000  # DeepSpeed's default for `reduce_bucket_size`, numbers
-_PREFETCH = 50_000_000  # and for `stage3_prefetch_bucket_size`
+_PREFETCH = 50_000_000  # numbers; DeepSpeed's default for `stage3_prefetch_bucket_size`
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,13 @@ def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Lo
 
 
 def plan(
-    recipe: Recipe, base: str | None, documents: int, loads: list[Load], dtype: torch.dtype, device: str = "cpu"
+    recipe: Recipe,
+    base: str | None,
+    documents: int,
+    loads: list[Load],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> MicroBatch:
     """Sizes of a micro-batch of `documents`; on a `device` of type "cuda" more of them are read together.
 
@@ -120,10 +126,10 @@ def plan(
         BaseNotFound: there is no config of that base.
         UnsupportedBase, InputError: no generator can be made for it, or there is none to start from.
     """
-    config = _config(base or recipe.base or DEFAULT_BASE)
+    config = _config(base or recipe.base or DEFAULT_BASE, trust_remote_code)
     chosen = stored_config(recipe.start_from) or recipe.generator
     with FakeTensorMode():
-        model = _bare(config, dtype)
+        model = _bare(config, dtype, trust_remote_code)
         generator = Generator(model, chosen)
         generator.encoder.batch_tokens = BATCH_TOKENS[device]
         if recipe.checkpointing:
@@ -150,25 +156,25 @@ def plan(
     )
 
 
-def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = _BUCKET) -> Memory:
+def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = BUCKET) -> Memory:
     """Bytes of one of `processes`. ZeRO keeps a flat copy of its share of the weights, which the optimizer updates.
 
-    Without DeepSpeed nothing is shared out. Stage 1 shares out the optimizer's state, 2 the
-    gradients too, 3 the weights too. Every process holds the whole base. Buffers are what gradients are summed in and
-    weights are gathered in; they and a step of the optimizer do not come at the same time as the activations' peak, but
-    allocators keep them.
+    Without DeepSpeed nothing is shared out. Stage 1 shares out the optimizer's state, 2 the gradients too, 3 the
+    weights too. Every process holds the whole base. Buffers are what gradients are summed in (two at stage 2, as
+    ds_configs/zero2.json has it) and weights are gathered in; they and a step of the optimizer do not come at the same
+    time as the activations' peak, but allocators keep them.
     """
     numbers = step.generator
-    share = numbers // processes
+    share, summed = numbers // processes, min(numbers, FLOAT * bucket)
     if stage is None:
         weights, gradients, optimizer = numbers, numbers, 2 * numbers
         buffers = numbers if processes > 1 else 0
     elif stage == 1:
-        weights, gradients, optimizer, buffers = numbers, numbers, 3 * share, 0
-    elif stage == 2:
-        weights, gradients, optimizer, buffers = numbers, share, 3 * share, min(numbers, FLOAT * bucket)
+        weights, gradients, optimizer, buffers = numbers, numbers, 3 * share, summed
+    elif stage == 2:  # while one buffer is sent, another is filled
+        weights, gradients, optimizer, buffers = numbers, share, 3 * share, 2 * summed
     else:
-        gathered = min(numbers, FLOAT * _PREFETCH) + min(numbers, FLOAT * bucket)
+        gathered = min(numbers, FLOAT * _PREFETCH) + summed
         weights, gradients, optimizer, buffers = share, share, 3 * share, gathered
     fixed = step.base + step.calibration + weights + gradients + optimizer
     return Memory(stage, weights, gradients, optimizer, buffers, fixed + buffers + step.working)
@@ -226,20 +232,22 @@ def _logits(base: BaseModel, rows: int, tokens: int, labels: int) -> Tensor:
     return base.model.get_output_embeddings()(hidden[:, -labels:].flatten(0, 1)).float()
 
 
-def _config(name: str) -> Any:
+def _config(name: str, trust_remote_code: bool) -> Any:
     """The config of a base, or the one in a JSON file."""
     try:
         if name.endswith(".json"):
             fields = json.loads(Path(name).read_text())
             return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        return transformers.AutoConfig.from_pretrained(locate(name))
+        return transformers.AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseNotFound(f"no config of a base model at {name} ({str(error).splitlines()[0]})") from error
 
 
-def _bare(config: Any, dtype: torch.dtype) -> BaseModel:
+def _bare(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> BaseModel:
     """A base without data. Of its tokenizer only the first token matters, which a chunk starts with."""
-    build = partial(transformers.AutoModelForCausalLM.from_config, config, dtype=dtype)
+    build = partial(
+        transformers.AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     try:
         model = build(attn_implementation="sdpa")
     except ValueError:  # an architecture that has none

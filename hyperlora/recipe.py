@@ -19,6 +19,8 @@ def _ordered(value: tuple[int, int]) -> tuple[int, int]:
 
 
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+_Piece = Annotated[int, Field(ge=2)]  # of which a patch can be made
+Pieces = Annotated[tuple[_Piece, _Piece], AfterValidator(_ordered)]
 
 
 class _Strict(BaseModel):
@@ -45,7 +47,7 @@ class FactsTask(_Task):
     facts: Range = (2, 2)
     questions: Positive = 2
     haystack: list[str] = []
-    tokens: Range = (48, 160)
+    tokens: Pieces = (48, 160)
     words: list[str] = []
 
 
@@ -63,7 +65,7 @@ class TextTask(_Task):
 
     task: Literal["text"]
     sources: list[str]
-    tokens: Range = (48, 160)
+    tokens: Pieces = (48, 160)
     following: Positive = 48
 
 
@@ -72,7 +74,7 @@ class MadeTask(_Task):
 
     task: Literal["made"]
     sources: list[str]
-    tokens: Range = (48, 200)
+    tokens: Pieces = (48, 200)
     questions: Positive = 2
 
 

@@ -66,7 +66,7 @@ class SharedState:
             "base": base.name,
             "fingerprint": vars(base.fingerprint),
         }
-        with new_directory(path, force) as folder:
+        with new_directory(path, _CONFIG, force) as folder:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / _WEIGHTS)
             (folder / _CONFIG).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -63,7 +63,8 @@ class Student:
     def measure(self, texts: Sequence[str]) -> None:
         """Take the units of the distance from the teacher's hidden states from generic text."""
         start = max(1, len(self.sink))  # where a text begins states are large, whatever it says
-        rows = [Row(0, self.sink + document_ids(self.base.tokenizer, text), start + 1) for text in texts]
+        tokens = min(self.recipe.calibration.tokens, context_window(self.base.model) - len(self.sink))
+        rows = [Row(0, self.sink + document_ids(self.base.tokenizer, text)[:tokens], start + 1) for text in texts]
         self.spread = state_spread(torch.cat([self._states([row]) for row in rows if row.labels > 0], dim=1))
 
     def check_taught(self, documents: Sequence[Item]) -> None:

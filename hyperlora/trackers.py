@@ -1,8 +1,11 @@
 """Training metrics for TensorBoard, Weights & Biases or trackio, beside metrics.jsonl; each package is optional."""
 
 import importlib
+import sys
 import uuid
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ Record = dict[str, Any]
 Log = Callable[[dict[str, float], int], None]  # numbers by name, and the step
 
 
-def _tensorboard(folder: Path, settings: Record) -> Log:
+def _tensorboard(folder: Path, settings: Record, step: int) -> Log:
     from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    # What an earlier run logged from here on will be repeated.
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
     def log(numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -26,26 +30,35 @@ def _tensorboard(folder: Path, settings: Record) -> Log:
     return log
 
 
-def _wandb(folder: Path, settings: Record) -> Log:
+def _wandb(folder: Path, settings: Record, step: int) -> Log:
     import wandb
 
-    # A run that goes on is the same run there, which W&B knows by its id and not by its name.
-    path = folder / "wandb-id"
-    known = path.read_text() if path.exists() else uuid.uuid4().hex
-    run = wandb.init(project="hyperlora", name=folder.name, dir=str(folder), config=settings, id=known, resume="allow")
-    write_text(path, known)
+    with _known(folder / "wandb-id") as known:
+        run = wandb.init(
+            project="hyperlora", name=folder.name, dir=str(folder), config=settings, id=known, resume="allow"
+        )
     return lambda numbers, step: run.log(numbers, step=step)
 
 
-def _trackio(folder: Path, settings: Record) -> Log:
+def _trackio(folder: Path, settings: Record, step: int) -> Log:
     import trackio
 
-    run = trackio.init(project="hyperlora", name=folder.name, config=settings, resume="allow")
+    # It knows a run by its name alone.
+    with _known(folder / "trackio-id") as known, redirect_stdout(sys.stderr):  # stdout is for results
+        run = trackio.init(project="hyperlora", name=f"{folder.name}-{known[:8]}", config=settings, resume="allow")
     return lambda numbers, step: run.log(numbers, step=step)
 
 
-WRITTEN = {"tensorboard", "wandb", "wandb-id"}  # what they may leave in a run's folder
-TRACKERS: dict[str, Callable[[Path, Record], Log]] = {
+@contextmanager
+def _known(path: Path) -> Iterator[str]:
+    """The id of a run, kept in its folder once it has begun: a run that goes on is the same run there."""
+    known = path.read_text() if path.exists() else uuid.uuid4().hex
+    yield known
+    write_text(path, known)
+
+
+WRITTEN = {"tensorboard", "trackio-id", "wandb", "wandb-id"}  # what they may leave in a run's folder
+TRACKERS: dict[str, Callable[[Path, Record, int], Log]] = {
     "tensorboard": _tensorboard,
     "trackio": _trackio,
     "wandb": _wandb,
@@ -63,18 +76,33 @@ def check(names: Sequence[str]) -> None:
             raise InputError(f"the tracker {name} is not installed; run: pip install {name}") from error
 
 
-def track(names: Sequence[str], folder: Path, settings: Record) -> Callable[[Record], None]:
+def track(names: Sequence[str], folder: Path, settings: Record, step: int = 0) -> Callable[[Record], None]:
     """What hands every record of a run to trackers; scores of an evaluation set are named after it.
+
+    A tracker that fails on the way is left out from there on, with a warning, for the run is worth more.
 
     Args:
         settings: of the run, shown beside its curves.
+        step: the first that will be logged, of a run that goes on.
+
+    Raises:
+        InputError: a tracker cannot begin.
     """
-    logs = [TRACKERS[name](folder, settings) for name in names]
+    logs: dict[str, Log] = {}
+    for name in names:
+        try:
+            logs[name] = TRACKERS[name](folder, settings, step)
+        except Exception as error:  # whatever a service may raise
+            raise InputError(f"the tracker {name} cannot begin ({error}); leave out --track {name}") from error
 
     def hand_on(record: Record) -> None:
         group = f"{record['evaluation']}/" if "evaluation" in record else "train/"
         numbers = {group + k: float(v) for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
-        for log in logs:
-            log(numbers, record["step"])
+        for name, log in list(logs.items()):
+            try:
+                log(numbers, record["step"])
+            except Exception as error:
+                del logs[name]
+                warnings.warn(f"the tracker {name} failed ({error}); the run goes on without it", stacklevel=2)
 
     return hand_on

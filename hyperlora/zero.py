@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import os
+import pickle
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,10 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hyperlora import ranks
 from hyperlora.checkpoint import read_position
 from hyperlora.engine import Engine, set_rates
-from hyperlora.errors import InputError, TrainingDiverged
+from hyperlora.errors import InputError
 from hyperlora.recipe import Recipe
 
 _SHARDS, _UNIVERSAL = "zero", "universal"
+BUCKET = 500_000_000  # numbers; DeepSpeed's default for `reduce_bucket_size`
 
 
 class ZeroEngine(Engine):
@@ -44,6 +47,10 @@ class ZeroEngine(Engine):
         stage = settings["zero_optimization"]["stage"]
         self.layout = {"engine": "deepspeed", "stage": stage, "processes": ranks.count()}
         self.tag = _SHARDS if resumed is None else self._tag(resumed)
+        numbers = sum(parameter.numel() for parameter in module.parameters())
+        # Gradients are summed in a buffer of this size, all of which is allocated: by default 2 GB or more.
+        sharding = {"reduce_bucket_size": min(BUCKET, numbers)} | settings["zero_optimization"]
+        settings = settings | {"zero_optimization": sharding}
         if self.tag == _UNIVERSAL:
             settings = settings | {"checkpoint": {**settings.get("checkpoint", {}), "load_universal": True}}
         with redirect_stdout(sys.stderr):  # stdout is for results
@@ -69,13 +76,15 @@ class ZeroEngine(Engine):
                 f"{checkpoint} was written at ZeRO stage {found['stage']}, and DeepSpeed converts nothing between "
                 f"stage 3 and the others; go on at stage {found['stage']}"
             )
-        if (checkpoint / _UNIVERSAL).is_dir():
+        if (checkpoint / _UNIVERSAL / "zero" / "optimizer_state.pt").exists():
             return _UNIVERSAL
+        half = f"; first remove {checkpoint / _UNIVERSAL}, which is not whole" * (checkpoint / _UNIVERSAL).exists()
         what = f"{found['processes']} process(es) at ZeRO stage {found['stage']}"
         raise InputError(
             f"the optimizer state in {checkpoint} is of {what}, this run has {self.layout['processes']} at stage "
             f"{self.layout['stage']}; convert it with: python -m deepspeed.checkpoint.ds_to_universal "
             f"--input_folder {quote(str(checkpoint / _SHARDS))} --output_folder {quote(str(checkpoint / _UNIVERSAL))}"
+            f"{half}"
         )
 
     def call(self, *arguments: Any) -> Any:
@@ -97,9 +106,8 @@ class ZeroEngine(Engine):
         set_rates(self.optimizer, rates)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        if norm != norm or norm in (float("inf"), -1.0):
-            raise TrainingDiverged("a gradient was not finite; lower learning_rate and go on from the last checkpoint")
-        return norm
+        # It skips a step whose gradient is not finite, and says so in one of these ways.
+        return norm if math.isfinite(norm) and norm != -1.0 else math.inf
 
     def whole(self) -> AbstractContextManager[Any]:
         return self.gather(list(self.module.parameters())) if self.stage == 3 else nullcontext()
@@ -114,7 +122,13 @@ class ZeroEngine(Engine):
             raise OSError(f"the disk is full, or its limit for a file is reached ({folder})") from error
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=self.tag)
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag=self.tag)
+        except (AssertionError, RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"the optimizer state in {folder / self.tag} is damaged ({why}); remove {folder} to start again"
+            ) from error
         if path is None:
             raise InputError(f"{folder} holds no optimizer state that DeepSpeed can read; choose another -o")
 
@@ -163,6 +177,7 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         ("fp16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
         ("amp", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
         ("torch_autocast", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+        ("data_types", "nothing: gradients are summed in float32"),
         ("prescale_gradients", "nothing: losses are divided by the labels of all processes"),
         ("gradient_predivide_factor", "nothing: losses are divided by the labels of all processes"),
     ):
@@ -171,10 +186,13 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
             raise InputError(f"{path}: {key} contradicts the recipe; leave it out and use {instead}")
     if isinstance(kept := settings.get("checkpoint"), dict) and kept.get("load_universal"):
         raise InputError(f"{path}: checkpoint.load_universal is set when it is needed; leave it out")
-    chosen = settings.get("zero_optimization")
-    stage = chosen.get("stage") if isinstance(chosen, dict) else None
-    if stage not in (1, 2, 3):
+    found = settings.get("zero_optimization")
+    sharding: dict[str, Any] = found if isinstance(found, dict) else {}
+    if sharding.get("stage") not in (1, 2, 3):
         raise InputError(f"{path}: zero_optimization needs a stage of 1, 2 or 3; without ZeRO leave out --deepspeed")
+    for key in ("zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if sharding.get(key):
+            raise InputError(f"{path}: zero_optimization.{key} contradicts the recipe; leave it out: all is float32")
     # Ours is torch's AdamW, also where the state is offloaded to the CPU.
     return settings | decided | {"zero_force_ds_cpu_optimizer": False}
 

@@ -84,7 +84,7 @@ def test_one_patch_of_several_documents(generate: Run, document: Path, tmp_path:
     code, _, err = generate(document, other, "--together", "-o", tmp_path / "both")
     assert code == 3 and "exists" in one_line(err)
     code, _, err = generate(document, other, "--together", "-o", tmp_path / "x", "--shard", "1/2")
-    assert code == 3 and "no shards" in one_line(err)
+    assert code == 3 and "made by one process" in one_line(err)
     other.write_text("a")
     code, _, err = generate(document, other, "--together", "-o", tmp_path / "x")
     assert code == 3 and "other: " in one_line(err) and not (tmp_path / "x").exists()
@@ -154,6 +154,34 @@ def test_usage_version_and_unknown_recipe(run: Run, tmp_path: Path) -> None:
     assert code == 3 and "cannot read the recipe" in one_line(err)
     code, _, err = run("evaluate")
     assert code == 3 and "choose one of" in one_line(err)
+    for arguments in (
+        ("--facts", "2", "--in-prompt"),
+        ("--qa", "x", "--new-attributes"),
+        ("--facts", "2", "--max-tokens", "9"),
+        ("--forgetting", "x", "--conditions", "patch"),
+    ):
+        code, _, err = run("evaluate", *arguments)
+        option = next(argument for argument in arguments[2:] if argument.startswith("--"))
+        assert code == 3 and f"{option} says nothing" in one_line(err)
+    (tmp_path / "kept.json").write_text("mine")
+    code, _, err = run("evaluate", "--facts", "2", "-o", tmp_path / "kept.json")
+    assert code == 3 and "already exists" in one_line(err) and (tmp_path / "kept.json").read_text() == "mine"
+    code, _, err = run("evaluate", "--facts", "2", "-o", tmp_path)
+    assert code == 3 and "is a directory" in one_line(err)
+
+
+def test_ask_minds_the_window_and_sums_of_many(generate: Run, run: Run, document: Path, tmp_path: Path) -> None:
+    assert generate(document, "-o", tmp_path / "p")[0] == 0
+    (tmp_path / "long.txt").write_text("word " * 3000)
+    asked = ("ask", tmp_path / "p", "-q", "Who?", "--max-new-tokens", "2")
+    code, _, err = run(*asked, "--compare", "--document", tmp_path / "long.txt")
+    assert code == 3 and "long.txt: " in one_line(err) and "beyond the model's window" in one_line(err)
+    code, _, err = run(*asked[:-1], 10**20)
+    assert code == 3 and "the question: " in one_line(err)
+    code, _, err = run("ask", *[tmp_path / "p"] * 2, *asked[2:])
+    assert code == 0 and "warning" not in err, err
+    code, _, err = run("ask", *[tmp_path / "p"] * 3, *asked[2:])
+    assert code == 0 and "warning: of a sum of more than 2 patches" in err, err
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tiny_dirs: tuple[str, str], document: Path, tmp_path: Path) -> None:

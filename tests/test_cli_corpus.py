@@ -49,7 +49,50 @@ def test_folder_of_files(generate: Run, tmp_path: Path) -> None:
     (tmp_path / "docs" / ".git" / "index").write_bytes(b"\0")
     (tmp_path / "docs" / "Käse notes.txt").write_text(TEXT)
     assert generate(tmp_path / "docs", "-o", tmp_path / "out")[0] == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "sub--b", "K_se_notes", "manifest.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "sub--b", "Käse_notes", "manifest.json"}
+
+
+def test_files_of_like_names_are_told_apart(generate: Run, tmp_path: Path) -> None:
+    for name in (
+        "docs/a.txt",
+        "docs/a.md",
+        "docs/日本.txt",
+        "docs/中国.txt",
+        "docs/b.bin",
+        "x/notes.txt",
+        "y/notes.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name} {TEXT}")
+    (tmp_path / "docs" / "b.bin").write_bytes(b"\0")
+    found = Corpus([str(tmp_path / "docs")], "[!b]*.*")
+    assert list(found.digests) == ["a.md", "a.txt", "中国", "日本"]
+    assert [document.text[:6] for document in found.documents(["a.md", "a.txt"])] == ["docs/a", "docs/a"]
+    both = list(Corpus([str(tmp_path / "x" / "notes.txt"), str(tmp_path / "y" / "notes.txt")]).digests)
+    assert len(both) == 2 and both[0].endswith("x--notes.txt") and both[1].endswith("y--notes.txt")
+    with pytest.raises(InputError, match="two documents are called"):
+        Corpus([str(tmp_path / "x" / "notes.txt")] * 2)
+    code, _, err = generate(tmp_path / "docs", "-o", tmp_path / "out", "--glob", "*.md")
+    assert code == 0 and {p.name for p in (tmp_path / "out").iterdir()} == {"a", "manifest.json"}, err
+
+
+def test_ranks_share_a_corpus(tmp_path: Path, tiny_dirs: tuple[str, str]) -> None:
+    """Two processes of torchrun make every patch once; a single patch is refused to them."""
+    source, out = corpus(tmp_path / "docs.jsonl", 7), tmp_path / "out"
+    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hyperlora"]
+    rest = ["--generator", tiny_dirs[1], "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [*begin, "generate", *map(str, arguments), *rest]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    done = launched(source, "-o", out)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 7, done.stderr[-2000:]
+    manifests = {"manifest-1-of-2.json", "manifest-2-of-2.json"}
+    assert {p.name for p in out.iterdir()} == {f"doc-{i}" for i in range(7)} | manifests
+    done = launched(source, "--together", "-o", tmp_path / "one")
+    assert done.returncode != 0 and "a single patch is made by one process" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -57,7 +100,10 @@ def test_folder_of_files(generate: Run, tmp_path: Path) -> None:
     [
         ('{"id": "../escape", "text": "some words here"}', "cannot name a directory"),
         ('{"id": "/etc/passwd", "text": "some words here"}', "cannot name a directory"),
-        ('{"id": 7, "text": "some words here"}', "cannot name a directory"),
+        ('{"id": 7.5, "text": "some words here"}', "cannot name a directory"),
+        ('{"id": true, "text": "some words here"}', "cannot name a directory"),
+        (f'{{"id": "{"x" * 201}", "text": "some words here"}}', "cannot name a directory"),
+        ('{"id": "manifest.json", "text": "some words here"}', "cannot name a directory"),
         ('{"id": "doc-1", "text": "some words here"}', "two documents are called"),
         ('{"id": "x"}', "line 3: field 'text' is missing"),
         ('{"id": "x", "text": 5}', "must be a string"),
@@ -86,7 +132,7 @@ def test_corpus_details(generate: Run, tmp_path: Path) -> None:
     code, _, err = generate(source, "-o", tmp_path / "short")
     assert code == 3 and "short: the document has 1 token" in one_line(err)
     code, _, err = generate("-", "-o", tmp_path / "x", "--shard", "1/2", stdin=b"some words")
-    assert code == 3 and "no shards" in one_line(err)
+    assert code == 3 and "made by one process" in one_line(err)
 
 
 def gzipped(source: Path) -> Path:

@@ -164,9 +164,20 @@ def test_existing_output_is_kept_unless_forced(patch: Patch, tmp_path: Path) -> 
     (tmp_path / "patch" / "precious").write_text("mine")
     with pytest.raises(InputError, match="--force"):
         patch.save(tmp_path / "patch")
+    with pytest.raises(InputError, match=r"other things \(precious\), which --force does not replace"):
+        patch.save(tmp_path / "patch", force=True)
     assert (tmp_path / "patch" / "precious").read_text() == "mine"
-    patch.save(tmp_path / "patch", force=True)
-    assert Patch.load(tmp_path / "patch").rank == patch.rank
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        patch.save(tmp_path / "file", force=True)
+    (tmp_path / "new").mkdir()
+    patch.save(tmp_path / "new")  # an empty directory is as good as none
+    with pytest.raises(InputError, match="--force"):
+        patch.save(tmp_path / "new")
+    patch.to(torch.float16).save(tmp_path / "new", force=True)
+    assert Patch.load(tmp_path / "new").dtype == torch.float16
+    with pytest.raises(InputError, match=f"patches of several documents; name one of them, such as {tmp_path / 'new'}"):
+        Patch.load(tmp_path)
 
 
 def test_full_disk_leaves_the_old_patch(patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +220,7 @@ def test_damaged_patches_are_refused(patch: Patch, tmp_path: Path) -> None:
     assert not (tmp_path / "inf").exists()
 
 
-def test_push_uploads_the_directory(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_takes_and_gives_the_directory(patch: Patch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, list[str]] = {}
 
     class Hub:
@@ -221,4 +232,7 @@ def test_push_uploads_the_directory(patch: Patch, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert patch.push_to_hub("me/patch") == "https://example.org/me/patch"
+    patch.save(tmp_path / "downloaded")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "downloaded"))
+    assert Patch.load("me/patch").rank == patch.rank
     assert {"adapter_config.json", WEIGHTS, "hyperlora.json"} <= set(seen["me/patch"])

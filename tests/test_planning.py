@@ -161,8 +161,8 @@ def test_stages_share_out_what_they_say() -> None:
     plain, one, two, three = (planning.memory(step, stage, 4, bucket=5) for stage in (None, 1, 2, 3))
     assert plain.total == 1000 + 10 + 400 * 4 + 500 + 400  # gradients are summed in a copy
     assert planning.memory(step, None, 1).total == 1000 + 10 + 400 * 4 + 500
-    assert (one.weights, one.gradients, one.optimizer, one.buffers) == (400, 400, 300, 0)
-    assert (two.weights, two.gradients, two.optimizer, two.buffers) == (400, 100, 300, 20)
+    assert (one.weights, one.gradients, one.optimizer, one.buffers) == (400, 400, 300, 20)
+    assert (two.weights, two.gradients, two.optimizer, two.buffers) == (400, 100, 300, 40)
     assert (three.weights, three.gradients, three.optimizer) == (100, 100, 300)
 
 

@@ -105,6 +105,13 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(
 def test_folders_of_something_else_are_refused(base: BaseModel, items: list[Item], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no teacher's replies; make them"):
         TeacherCorpus(tmp_path / "none", base)
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "teacher.json").write_text('{"some": "settings"}')
+    with pytest.raises(InputError, match="no teacher's replies; make them"):
+        TeacherCorpus(tmp_path / "json", base)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".teacher.json-x1").write_text("{")  # a process was killed just then
+    teach(base, items[:1], tmp_path / "begun", max_new_tokens=4)
     with pytest.raises(InputError, match="has only"):
         teach(base, items, tmp_path / "many", top_k=100000)
     with pytest.raises(InputError, match="no questions"):
@@ -123,6 +130,22 @@ def test_folders_of_something_else_are_refused(base: BaseModel, items: list[Item
     (tmp_path / "t" / "part-000001.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="is damaged"):
         TeacherCorpus(tmp_path / "t", base)
+
+
+def test_a_document_beyond_the_window_is_said_before_the_first_reply(
+    base: BaseModel, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Item("long", "word " * 2000, items[0].questions)
+    with pytest.raises(InputError, match=r"teach, document long: .* beyond the model's window"):
+        teach(base, [*items, long], tmp_path / "t", max_new_tokens=4)
+    assert not (tmp_path / "t").exists()
+    item, prompt = items[0], base.prompt
+    asked = max(len(prompt.prompt_ids(base.tokenizer, q.text, item.text)) for q in item.questions)
+    reply = max(len(prompt.answer_ids(base.tokenizer, q.reply)) for q in item.questions)
+    monkeypatch.setattr(base.model.config, "max_position_embeddings", asked + reply)
+    teach(base, [item], tmp_path / "plain", max_new_tokens=reply, phrased=False)
+    with pytest.raises(InputError, match="beyond the model's window"):  # a question that says its answer is longer
+        teach(base, [item], tmp_path / "t", max_new_tokens=reply)
 
 
 def test_the_command_makes_what_a_recipe_reads(
@@ -261,6 +284,16 @@ class _One:
 
     def find(self, *_: str) -> Taught:
         return self.taught
+
+
+def test_units_are_taken_from_texts_that_fit_the_window(recipe: Recipe) -> None:
+    """Learned positions end where the window does."""
+    base = make_base("gpt2")
+    recipe.teacher.hidden, recipe.calibration.tokens = 1.0, 10**6
+    text = "word " * base.model.config.n_positions
+    student = Student(base, recipe, [0])
+    student.measure([text, text])
+    assert student.spread.shape == (len(student.matched),) and bool((student.spread > 0).all())
 
 
 def test_the_teachers_reply_is_learned(recipe: Recipe, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ def test_tensorboard_shows_the_losses_of_the_run(recipe: Recipe, tmp_path: Path,
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(folder), rel=1e-5)
     assert [event.step for event in events.Scalars("facts-2/patch_f1")] == [0, recipe.steps]
+    track(["tensorboard"], folder, {}, 3)({"step": 3, "loss": 0.5})  # of a run that went on from the second step
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -37,9 +41,12 @@ def test_runs_go_to_the_tracker_that_is_asked_for(name: str, tmp_path: Path, mon
     hand_on({"step": 2, "loss": 1.5, "labels": 9})
     hand_on({"step": 2, "evaluation": "facts-2", "patch_f1": 0.5})
     assert logged == [({"train/loss": 1.5, "train/labels": 9.0}, 2), ({"facts-2/patch_f1": 0.5}, 2)]
-    assert begun[0]["name"] == "mine" and begun[0]["config"] == {"steps": 3}
+    assert begun[0]["name"].startswith("mine") and begun[0]["config"] == {"steps": 3}
     track([name], tmp_path / "mine", {"steps": 3})  # resumed
     assert begun[1] == begun[0] and begun[0]["resume"] == "allow"
+    (tmp_path / "other" / "mine").mkdir(parents=True)
+    track([name], tmp_path / "other" / "mine", {"steps": 3})  # another run in a folder of the same name
+    assert (begun[2]["name"], begun[2].get("id")) != (begun[0]["name"], begun[0].get("id"))
 
 
 def test_a_tracker_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,9 +54,24 @@ def test_a_tracker_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch:
         raise RuntimeError("not logged in")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
-    with pytest.raises(RuntimeError, match="not logged in"):
+    with pytest.raises(InputError, match=r"wandb cannot begin \(not logged in\); leave out"):
         track(["wandb"], tmp_path, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        calls.append(step)
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: SimpleNamespace(log=log)))
+    hand_on = track(["wandb"], tmp_path, {})
+    with pytest.warns(UserWarning, match="wandb failed .no route.; the run goes on"):
+        hand_on({"step": 1, "loss": 1.0})
+    hand_on({"step": 2, "loss": 1.0})
+    assert calls == [1]
 
 
 def test_unknown_and_missing_trackers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

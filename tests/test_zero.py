@@ -237,6 +237,8 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
         ({"optimizer": {"type": "Adam"}}, "optimizer contradicts the recipe"),
         ({"bf16": {"enabled": True}}, "--dtype bfloat16"),
         ({"prescale_gradients": True}, "prescale_gradients contradicts the recipe"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types contradicts the recipe"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, "zero_quantized_gradients contradicts"),
         ({"communication_data_type": "fp16"}, "communication_data_type contradicts the recipe"),
         ({"checkpoint": {"load_universal": True}}, "load_universal is set when it is needed"),
         ({"zero_optimization": {"stage": 7}}, "a stage of 1, 2 or 3"),
@@ -272,6 +274,53 @@ def test_shipped_settings_are_valid(recipe: Recipe) -> None:
         "zero3": 3,
         "zero3_offload": 3,
     }
+
+
+_STEPS = """
+import json, math, sys
+import torch
+from hyperlora import zero
+zero.join("cpu")
+for stage in (1, 2, 3):
+    module = torch.nn.Linear(8, 8)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1,
+        "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False,
+    }
+    engine = zero.ZeroEngine(module, torch.optim.AdamW(module.parameters()), settings)
+    assert engine.engine.zero_reduce_bucket_size() == 72
+    seen = []
+    for factor in (1.0, math.nan, 1.0):
+        engine.backward(engine.call(torch.ones(1, 8)).square().sum() * factor, last=True)
+        norm = engine.step([0.1])
+        with engine.whole():
+            seen.append((norm, module.weight.detach().clone()))
+    (_, before), (norm, after), (later, moved) = seen
+    assert norm == math.inf and torch.equal(before, after), (stage, norm)
+    assert 0 < later < math.inf and not torch.equal(after, moved), (stage, later)
+"""
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_at_any_stage() -> None:
+    """And the buffers that gradients are summed in are no larger than the module."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", _STEPS], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_damaged_optimizer_state_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
+    """Cut short; and converted by a command that was killed."""
+    run, settings = tmp_path / "run", ["--deepspeed", CONFIGS / "zero1.json"]
+    killed_after(4, run, launch(1, recipe_file, "-o", run, *settings), one=False)
+    (run / "checkpoint" / "universal" / "tmp").mkdir(parents=True)
+    _, err = launch(2, recipe_file, "-o", run, *settings).communicate(timeout=120)
+    assert "convert it with: python -m deepspeed" in err and "first remove" in err, err[-3000:]
+    states = next((run / "checkpoint" / "zero").glob("*optim_states.pt"))
+    states.write_bytes(states.read_bytes()[: states.stat().st_size // 2])
+    refused = launch(1, recipe_file, "-o", run, *settings)
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode != 0 and "Traceback" not in err.split("hyperlora: error:")[0], err[-3000:]
+    assert f"hyperlora: error: the optimizer state in {run / 'checkpoint' / 'zero'} is damaged" in err, err[-3000:]
 
 
 def test_deepspeed_chooses_among_gpus() -> None:

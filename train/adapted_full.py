@@ -27,6 +27,7 @@ def main(
     documents: Annotated[int | None, typer.Option(min=1, help="Replaces the recipe's documents of a step.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Train one LoRA with the document in the prompt, at every learning rate; keep the best on held-out documents."""
     try:
@@ -34,7 +35,7 @@ def main(
     except ValueError as error:
         raise InputError(f"--rates {rates}: give numbers with commas between them, such as 3e-4,1e-3") from error
     read = read_recipe(recipe, base=base, steps=steps, documents=documents)
-    loaded = load_base(read.base, **loading.base_options(device, dtype, None, False))
+    loaded = load_base(read.base, **loading.base_options(device, dtype, None, trust_remote_code))
     for name, loss in train_adapter(read, loaded, chosen, output, sweep_steps).items():
         print(f"{name}: {loss:.3f} nats per token on held-out documents")
 

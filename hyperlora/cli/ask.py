@@ -1,6 +1,7 @@
 """`hyperlora ask`: the frozen model answers with a patch on."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 from hyperlora.cli import loading, options
 from hyperlora.errors import InputError
 from hyperlora.reading import read_document
+
+_ADDED = 2  # patches whose sum still answers (docs/results.md)
 
 
 def ask(
@@ -27,16 +30,26 @@ def ask(
     """Ask the frozen base model questions with one or more patches on."""
     from hyperlora.base_model import load_base
     from hyperlora.evaluation.answers import greedy
+    from hyperlora.evaluation.window import check_fits
     from hyperlora.inject import patched
     from hyperlora.patch import Patch
 
     if document is not None and not compare:
         raise InputError("--document is shown beside the patch: add --compare")
     text = read_document(document) if document is not None else None
+    if len(patches) > _ADDED:
+        print(
+            f"hyperlora: warning: of a sum of more than {_ADDED} patches little is left; one patch of all documents "
+            "(hyperlora generate --together) remembers them",
+            file=sys.stderr,
+        )
     patch = Patch.compose([Patch.load(path) for path in patches])
     loaded = load_base(
         base or patch.provenance.base, **loading.base_options(device, dtype, quantize, trust_remote_code)
     )
+    for question in questions:
+        asked = len(loaded.prompt.question_ids(loaded.tokenizer, question)) + max_new_tokens
+        check_fits(str(document or "the question"), text or "", asked, loaded)
     prompts = [loaded.prompt.prompt_ids(loaded.tokenizer, question) for question in questions]
     answers: dict[str, list[str]] = {}
     if compare:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from hyperlora.cli import loading, options
-from hyperlora.errors import InputError
 
 
 def compare(
@@ -20,6 +19,7 @@ def compare(
     base: options.Base = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run methods on tasks with controls, costs and 95 % intervals; write results.json and a report.
 
@@ -31,13 +31,9 @@ def compare(
     from hyperlora.compare.experiment import read_experiment
     from hyperlora.compare.run import Comparison
 
-    several = ranks.launched() > 1
-    if several and shard is not None:
-        raise InputError("--shard is set by the launcher's rank here; leave it out")
-    read = read_experiment(experiment, base)
-    ranks.join()
-    part = (ranks.own() + 1, ranks.count()) if several else options.read_shard(shard)
-    loaded = load_base(read.base, **loading.base_options(device, dtype, None, False))
+    read, several = read_experiment(experiment, base), ranks.launched() > 1
+    part = options.own_shard(shard)
+    loaded = load_base(read.base, **loading.base_options(device, dtype, None, trust_remote_code))
     comparison = Comparison(read, loaded, output, part)
     comparison.run()
     if several:
@@ -51,6 +47,7 @@ def compare(
     command = ["hyperlora", "compare", str(experiment), "-o", str(output)]
     for option, value in (("--base", base), ("--device", device), ("--dtype", dtype)):
         command += [option, value] if value is not None else []
+    command += ["--trust-remote-code"] * trust_remote_code
     for path in comparison.report(shlex.join(command)):
         print(path)
 

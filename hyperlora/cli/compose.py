@@ -8,7 +8,7 @@ import typer
 
 from hyperlora.cli import options
 from hyperlora.errors import InputError
-from hyperlora.files import check_free
+from hyperlora.files import check_directory
 
 
 def compose(
@@ -23,9 +23,9 @@ def compose(
     as_json: options.Json = False,
 ) -> None:
     """Add patches up, weighted, into one PEFT adapter."""
-    from hyperlora.patch import Patch
+    from hyperlora.patch import PROVENANCE, Patch
 
-    check_free(output, force)
+    check_directory(output, PROVENANCE, force)
     try:
         numbers = [float(part) for part in weights.split(",")] if weights else None
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from hyperlora.errors import InputError
 from hyperlora.files import sha256
 from hyperlora.reading import decode_document, half_character, read_document, read_records
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ID = re.compile(r"[^\W_][\w.-]*")  # letters and digits of any script
+_LONGEST_ID = 200  # bytes; a name in a file system may have 255
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Corpus:
 
     Memory holds the ids and digests of the documents, never their texts: those are read again when they are wanted.
 
+    Args:
+        pattern: of names, such as `*.txt`: only files of folders that match.
+
     Attributes:
         digests: id to SHA-256 of the text, in the order of the documents.
 
@@ -44,12 +49,12 @@ class Corpus:
         InputError: a document cannot be read, its id cannot name a directory or repeats, or there is none at all.
     """
 
-    def __init__(self, inputs: list[str]):
-        self._files = [file for name in inputs for file in _files(Path(name))]
+    def __init__(self, inputs: list[str], pattern: str | None = None):
+        self._files = _named([file for name in inputs for file in _files(Path(name), pattern)])
         self.digests: dict[str, str] = {}
         for document in self._read():
             if document.id in self.digests:
-                raise InputError(f"two documents are called {document.id!r}; give them different names")
+                raise InputError(f"two documents are called {document.id!r}; give them different names or ids")
             self.digests[document.id] = sha256(document.text.encode())
         if not self.digests:
             raise InputError(f"no documents in {', '.join(inputs)}")
@@ -72,16 +77,29 @@ class Corpus:
                 yield Document(name, read_document(path))
 
 
-def _files(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """The files that an argument names, each with the id of its document, or None for the many of a JSONL file."""
+def _files(path: Path, pattern: str | None) -> Iterator[tuple[Path, Path]]:
+    """The files that an argument names, each with the part of its path that its document is called by."""
     if path.is_dir():
-        relative = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
+        relative = sorted(p.relative_to(path) for p in path.rglob(pattern or "*") if p.is_file())
         visible = [p for p in relative if not any(part.startswith(".") for part in p.parts)]
-        yield from ((path / p, _file_id(p)) for p in visible)
+        yield from ((path / p, p) for p in visible)
     elif path.exists() and not path.is_file():
         raise InputError(f"{path} is a pipe or a device, but a corpus is read twice; write it to a file first")
     else:
-        yield path, None if _is_jsonl(path) else _file_id(Path(path.name))
+        yield path, Path(path.name)
+
+
+def _named(files: list[tuple[Path, Path]]) -> list[tuple[Path, str | None]]:
+    """Files with the ids of their documents, None for the many of a JSONL file. Where some would be called alike, they
+    keep the endings of their names, and where that does not help their whole paths."""
+    singles = [(path, short) for path, short in files if not _is_jsonl(path)]
+    names: dict[Path, str] = {}
+    for given in (lambda p, s: s.with_suffix(""), lambda p, s: s, lambda p, s: p):
+        left = {path: _file_id(given(path, short)) for path, short in singles if path not in names}
+        counted = Counter([*left.values(), *names.values()])
+        names |= {path: name for path, name in left.items() if counted[name] == 1}
+    names |= {path: name for path, name in left.items() if path not in names}  # those that the corpus will refuse
+    return [(path, _checked(names[path], str(path)) if path in names else None) for path, _ in files]
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -89,13 +107,19 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _file_id(path: Path) -> str:
-    """A file's path inside its folder as the name of a directory: `sub/My notes.txt` gives `sub--My_notes`."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", "--".join(path.with_suffix("").parts)).lstrip("._-") or "document"
+    """A file's path inside its folder as the name of a directory: `sub/My notes` gives `sub--My_notes`."""
+    return re.sub(r"[^\w.-]", "_", "--".join(part for part in path.parts if part != "/")).lstrip("._-") or "document"
 
 
 def _checked(name: Any, where: str) -> str:
-    if not isinstance(name, str) or not _ID.fullmatch(name) or name.startswith("manifest"):
-        raise InputError(f"{where}: id {name!r} cannot name a directory; use letters, digits, '.', '_' and '-'")
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    fits = isinstance(name, str) and _ID.fullmatch(name) and len(name.encode()) <= _LONGEST_ID
+    if not fits or name.startswith("manifest"):
+        raise InputError(
+            f"{where}: id {name!r} cannot name a directory; use up to {_LONGEST_ID} letters, digits, '.', '_' and '-', "
+            "and another beginning than 'manifest'"
+        )
     return name
 
 

@@ -8,7 +8,7 @@ import typer
 
 from hyperlora.cli import loading, options
 from hyperlora.errors import InputError
-from hyperlora.files import write_text
+from hyperlora.files import check_free, write_text
 
 
 def evaluate(
@@ -26,14 +26,20 @@ def evaluate(
         str | None, typer.Option(help="Source whose documents are read with their own patch.")
     ] = None,
     items: Annotated[int | None, typer.Option(min=2, help="Documents; default 500, or all of a source.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest document of --qa and --second-copy.")] = 200,
-    conditions: Annotated[str, typer.Option(help="Of none, full, patch, swapped, beside.")] = "none,full,patch,swapped",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=8, help="Longest document of --qa and --second-copy; default 200.")
+    ] = None,
+    conditions: Annotated[
+        str | None, typer.Option(help="Of none, full, patch, swapped, beside; default the first four.")
+    ] = None,
     generator: options.GeneratorName = None,
     base: options.Base = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
+    force: options.Force = False,
     as_json: options.Json = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Score a generator against full context, no context and another document's patch (95 % bootstrap intervals)."""
     from hyperlora.evaluation.items import fact_items, needle_items, qa_items
@@ -44,9 +50,20 @@ def evaluate(
             "choose one of --facts N, --qa SOURCE, --needles TOKENS, --forgetting SOURCE, --second-copy SOURCE"
         )
     lengths = [_tokens(length) for length in needles.split(",")] if needles else []
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"no directory {output.parent} for the result; make it first")
-    loaded = loading.load(generator, base, loading.base_options(device, dtype, None, False))
+    for name, given, fits in (
+        ("--new-attributes", new_attributes, facts),
+        ("--in-prompt", in_prompt, forgetting),
+        ("--max-tokens", max_tokens, qa or second_copy),
+        ("--conditions", conditions, facts or qa or needles),
+    ):
+        if given and not fits:
+            raise InputError(f"{name} says nothing about what is measured here; leave it out")
+    max_tokens = max_tokens or 200
+    if output is not None:
+        check_free(output, force)
+        if not output.parent.is_dir():
+            raise InputError(f"no directory {output.parent} for the result; make it first")
+    loaded = loading.load(generator, base, loading.base_options(device, dtype, None, trust_remote_code))
     if forgetting is not None:
         result = evaluate_forgetting(loaded, forgetting, items or 32, in_prompt)
     elif second_copy is not None:
@@ -59,7 +76,7 @@ def evaluate(
             name, asked = f"{qa}, up to {max_tokens} tokens", qa_items(qa, loaded.base, max_tokens, items)
         else:
             name, asked = f"needles in {needles} tokens", needle_items(loaded.base, lengths, items)
-        result = evaluate_answers(loaded, name, asked, conditions.split(","))
+        result = evaluate_answers(loaded, name, asked, (conditions or "none,full,patch,swapped").split(","))
     print(json.dumps(result) if as_json else table(result))
     if output is not None:
         write_text(output, json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,7 @@ import typer
 from hyperlora.cli import loading, options
 from hyperlora.cli.corpus import Corpus, Document, lone_document
 from hyperlora.errors import InputError
-from hyperlora.files import check_free, write_text
+from hyperlora.files import check_directory, write_text
 
 if TYPE_CHECKING:
     from hyperlora.generator import Generator
@@ -29,6 +29,7 @@ def generate(
     base: options.Base = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 8,
     together: Annotated[bool, typer.Option(help="One patch of all the documents, at the rank of one as long.")] = False,
+    pattern: Annotated[str | None, typer.Option("--glob", help="Only files of a folder that match, as *.txt.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: only every n-th document, starting with the i-th.")] = None,
     force: options.Force = False,
     as_json: options.Json = False,
@@ -41,15 +42,18 @@ def generate(
 
     One text file or stdin writes the patch to the output directory itself. Several files, a folder or a JSONL corpus
     (lines with "id" and "text") write one patch directory per document and a manifest; run the same command again to
-    continue where it stopped. --together writes one patch of all of them instead.
+    continue where it stopped. --together writes one patch of all of them instead. Under torchrun or deepspeed every
+    rank does a share of a corpus.
     """
-    source = lone_document(inputs) or Corpus(inputs)
+    from hyperlora import ranks
+
+    source = lone_document(inputs) or Corpus(inputs, pattern)
     single = together or isinstance(source, Document)
-    part = options.read_shard(shard)
-    if single and shard:
-        raise InputError("--shard divides a corpus; a single patch has no shards")
+    if single and (shard or ranks.launched() > 1):
+        raise InputError("--shard and launchers divide a corpus; a single patch is made by one process")
+    part = options.own_shard(shard)
     if single:
-        check_free(output, force)
+        check_directory(output, PROVENANCE, force)
     else:
         _check_corpus_output(output)
     loaded = loading.load(generator, base, loading.base_options(device, dtype, quantize, trust_remote_code))
@@ -65,6 +69,7 @@ def generate(
     else:
         for record in records:
             print(_line(record, loaded.base.attention))
+    ranks.leave()
 
 
 def _check_corpus_output(output: Path) -> None:

@@ -42,3 +42,15 @@ def read_shard(text: str | None) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shard {text!r}: use i/n with i from 1 to n, such as 1/4")
     return int(match[1]), int(match[2])
+
+
+def own_shard(text: str | None) -> tuple[int, int]:
+    """What `--shard` says; under a launcher, whose processes it joins, this one's share. Raises InputError where both
+    say something."""
+    from hyperlora import ranks
+
+    if ranks.launched() > 1 and text is not None:
+        raise InputError("--shard is set by the launcher's rank here; leave it out")
+    part = read_shard(text)
+    ranks.join()
+    return (ranks.own() + 1, ranks.count()) if ranks.launched() > 1 else part

@@ -29,6 +29,7 @@ def plan(
         float | None, typer.Option(min=0, help="Sustained by one GPU; adds the seconds of a step.")
     ] = None,
     dtype: options.Dtype = "bfloat16",
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Show the memory of every GPU at each ZeRO stage, and the operations of a step, without loading a weight.
@@ -56,7 +57,7 @@ def plan(
     kind = loading.base_options(None, dtype, None, False)["dtype"]
     rows = []
     for count in tqdm(counts, unit="plan", disable=None, leave=False):
-        step = planning.plan(checked, base, count, loads, kind, "cuda")
+        step = planning.plan(checked, base, count, loads, kind, "cuda", trust_remote_code)
         memories = {stage: planning.memory(step, stage, gpus) for stage in STAGES}
         flops = step.flops * checked.micro_batches / gpus
         rows.append((step, memories, flops))

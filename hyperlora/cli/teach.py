@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from hyperlora.cli import loading, options
-from hyperlora.errors import InputError
 
 
 def teach(
@@ -34,10 +33,7 @@ def teach(
     from hyperlora.data.teacher import teach as make
     from hyperlora.prompt import document_ids
 
-    if ranks.launched() > 1 and shard is not None:
-        raise InputError("--shard is set by the launcher's rank here; leave it out")
-    ranks.join()
-    part = (ranks.own() + 1, ranks.count()) if ranks.launched() > 1 else options.read_shard(shard)
+    part = options.own_shard(shard)
     items = [item for source in sources for item in load(source)]
     loaded = load_base(base, **loading.base_options(device, dtype, None, trust_remote_code))
     kept = [item for item in items if len(document_ids(loaded.tokenizer, item.text)) <= max_tokens]

@@ -15,6 +15,9 @@ def train(
     base: options.Base = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Replaces the recipe's number of steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replaces the recipe's seed.")] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Replaces the recipe's documents of a micro-batch.")
+    ] = None,
     micro_batches: options.MicroBatches = None,
     start_from: Annotated[
         str | None, typer.Option(help="Go on from the weights of this generator: a directory or a hub id.")
@@ -42,7 +45,8 @@ def train(
     from hyperlora.training import start
 
     check(trackers)
-    changes = {"base": base, "steps": steps, "seed": seed, "micro_batches": micro_batches, "start_from": start_from}
+    changes = {"base": base, "steps": steps, "seed": seed, "start_from": start_from}
+    changes |= {"documents": documents, "micro_batches": micro_batches}
     checked = read_recipe(recipe, **changes)
     settings = None
     if deepspeed is None:
@@ -54,7 +58,8 @@ def train(
         settings = zero.read_settings(deepspeed, checked)
     loaded = loading.base_options(device, dtype, None, trust_remote_code)
     trainer = start(checked, output, recipe.stem, settings, **loaded)
-    trainer.run(track(trackers, output, checked.model_dump(mode="json")) if ranks.own() == 0 else None)
+    settings_shown, step = checked.model_dump(mode="json"), trainer.step and trainer.step + 1
+    trainer.run(track(trackers, output, settings_shown, step) if ranks.own() == 0 else None)
     if ranks.own() == 0:
         summary = trainer.summary()
         print(json.dumps(summary) if as_json else summary["generator"])

@@ -62,16 +62,13 @@ class Comparison:
         self.cache = Cache(folder, "whole" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}")
 
     def _identify_unrelated(self) -> str | None:
-        """The name of a set, which may be on the hub and is read when it is needed; the hash of another text.
-
-        Raises InputError when there is no such text.
-        """
+        """The name of a set, or the hash of another text. Raises InputError when there is no such text."""
         source = self.experiment.unrelated
-        if not source or source in SOURCES or not self.experiment.forgetting_documents:
+        if not source or not self.experiment.forgetting_documents:
             return source
         if not (texts := [item.text for item in load(source)]):
             raise InputError(f"unrelated: {source} has no text; name another source")
-        return digest(texts)
+        return source if source in SOURCES else digest(texts)
 
     def _claim(self) -> None:
         """Make the folder this experiment's. Raises InputError when it is another's."""

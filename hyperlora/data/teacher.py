@@ -7,7 +7,7 @@ after a stop.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from hyperlora import ranks
 from hyperlora.base_model import BaseModel
-from hyperlora.data.items import Item
+from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.evaluation.metrics import contains
+from hyperlora.evaluation.window import check_window
 from hyperlora.files import sha256, write_text
 from hyperlora.fingerprint import Fingerprint
 from hyperlora.memory import Memory
@@ -64,10 +65,7 @@ class TeacherCorpus:
     """
 
     def __init__(self, folder: Path, base: BaseModel):
-        try:
-            settings = json.loads((folder / _SETTINGS).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no teacher's replies; make them with hyperlora teach") from error
+        settings = _read_settings(folder)
         if not base.fingerprint.same(Fingerprint(**settings["fingerprint"])):
             raise InputError(f"the replies in {folder} are of {settings['base']}, not of {base.name}; make new ones")
         self.top_k = int(settings["top_k"])
@@ -85,6 +83,16 @@ class TeacherCorpus:
 
     def find(self, document: str, question: str) -> Taught | None:
         return self._held.get(key(document, question))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / _SETTINGS).read_text())
+        if not {"base", "fingerprint", "top_k"} <= settings.keys():
+            raise ValueError("other settings")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder} holds no teacher's replies; make them with hyperlora teach") from error
+    return settings
 
 
 def _read(path: Path) -> Iterator[tuple[str, Taught]]:
@@ -132,6 +140,8 @@ def teach(
         )
     if top_k > (known := len(base.model.get_output_embeddings().weight)):
         raise InputError(f"--top-k {top_k}: {base.name} has only {known} tokens")
+    for item in asked:
+        check_window("teach", [_hinted(item) if phrased else item], base, max_new_tokens)
     groups = [asked[start : start + _PART_DOCUMENTS] for start in range(0, len(asked), _PART_DOCUMENTS)]
     settings = {
         "base": base.name,
@@ -158,14 +168,24 @@ def teach(
     return len(todo)
 
 
+def _hinted(item: Item) -> Item:
+    """With questions that ask for their answer in the model's own words."""
+    return replace(item, questions=tuple(replace(question, text=_hint(question)) for question in item.questions))
+
+
+def _hint(question: Question) -> str:
+    return _PHRASING.format(question=question.text, answer=question.reply)
+
+
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS
     if path.exists():
-        found = json.loads(path.read_text())
+        found = _read_settings(folder)
         if changed := [name for name in settings if settings[name] != found.get(name)]:
             raise InputError(f"{folder} holds replies made with another {', '.join(changed)}; choose another -o")
         return
-    if folder.exists() and any(folder.iterdir()):
+    # Another shard's process may be writing the settings just now, or was killed while it did.
+    if folder.exists() and any(not other.name.startswith(f".{_SETTINGS}-") for other in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no teacher's replies; choose another -o")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
@@ -180,10 +200,7 @@ def _taught(
     plain = [runtime.question(number, question.text) for number, question in pairs]
     replies = runtime.replies(memories, plain, max_new_tokens)
     if phrased:
-        hinted = [
-            runtime.question(number, _PHRASING.format(question=question.text, answer=question.reply))
-            for number, question in pairs
-        ]
+        hinted = [runtime.question(number, _hint(question)) for number, question in pairs]
         said = runtime.replies(memories, hinted, max_new_tokens)
         right = [
             contains(base.tokenizer.decode(ids, skip_special_tokens=True), question.accepted) > 0

@@ -7,6 +7,21 @@ import torch
 import transformers
 
 from hyperlora.base_model import BaseModel
+from hyperlora.evaluation.window import check_fits
+
+
+def answer(base: BaseModel, question: str, document: str | None = None, max_new_tokens: int = 48) -> str:
+    """The base's greedy reply to a question in its own prompt format; of the patched one inside `patched`.
+
+    Args:
+        document: stands in the prompt.
+
+    Raises:
+        InputError: the prompt and the reply are beyond the base's window.
+    """
+    asked = len(base.prompt.question_ids(base.tokenizer, question)) + max_new_tokens
+    check_fits("the prompt", document or "", asked, base)
+    return greedy(base, [base.prompt.prompt_ids(base.tokenizer, question, document)], max_new_tokens)[0]
 
 
 @torch.no_grad()
