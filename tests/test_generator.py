@@ -12,6 +12,7 @@ from hyperlora.generator import Generator
 from hyperlora.generator_files import CONFIG, WEIGHTS
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.hypernet.slots import Slots
+from hyperlora.live_bytes import LiveBytes
 from hyperlora.patch import Patch
 
 from .conftest import make_base, make_generator
@@ -125,6 +126,21 @@ def test_several_documents_are_like_chunks_of_one(family: Generator, documents: 
     same(family.generate_together(documents[:1]), family.generate(documents[0]))
     with pytest.raises(InputError, match="no documents"):
         family.generate_together([])
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_number_of_chunks(base: BaseModel) -> None:
+    for name in HYPERNETS:
+        generator = make_generator(base, name, chunk_tokens=80, max_rank=None)
+        ids = generator.encoder.tokenize("The keeper saw the ship pass the rock in fog. " * 200)
+        peaks = []
+        for chunks in (8, 32):
+            read = ids[: 60 * chunks + 20]
+            assert len(generator.encoder.chunks(read)) == chunks
+            with LiveBytes([*base.model.parameters(), *generator.parameters(), *generator.buffers()]) as live:
+                generator.factors([read])
+            peaks.append(live.peak)
+        assert peaks[1] < 1.05 * peaks[0], (name, peaks)
 
 
 def test_longer_documents_may_have_more_ranks(base: BaseModel, documents: list[str]) -> None:
