@@ -7,6 +7,7 @@ import pytest
 
 from hyperlora.methods import METHODS
 from hyperlora.patch import Patch
+from hyperlora.tasks import TASKS
 
 from .conftest import TEXT, Run, one_line
 
@@ -150,6 +151,15 @@ def test_usage_version_and_unknown_recipe(run: Run, tmp_path: Path) -> None:
     assert code == 0 and set(json.loads(out)) == set(METHODS)
     listed = run("methods")[1]
     assert all(f"{name}: {method.summary()}" in listed.splitlines() for name, method in METHODS.items())
+    code, out, _ = run("methods", "distillation")
+    assert code == 0 and "hidden_weight: of the squared distance" in out and "    matched = 5" in out
+    assert "full:" not in out
+    code, out, _ = run("tasks", "--json")
+    assert code == 0 and set(json.loads(out)) == set(TASKS)
+    assert "    path (required)" in run("tasks", "jsonl")[1].splitlines()
+    assert [line.split(":")[0] for line in run("tasks")[1].splitlines() if not line.startswith(" ")] == sorted(TASKS)
+    code, _, err = run("tasks", "needle")
+    assert code == 3 and "did you mean 'needles'" in one_line(err)
     code, _, err = run("train", tmp_path / "no.yaml", "-o", tmp_path / "run")
     assert code == 3 and "cannot read the recipe" in one_line(err)
     code, _, err = run("evaluate")

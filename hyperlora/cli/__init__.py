@@ -10,13 +10,14 @@ import typer
 import hyperlora
 from hyperlora.cli import options
 from hyperlora.cli.ask import ask
-from hyperlora.cli.compare import compare, methods
+from hyperlora.cli.compare import compare
 from hyperlora.cli.compose import compose
 from hyperlora.cli.evaluate import evaluate
 from hyperlora.cli.generate import generate
 from hyperlora.cli.human import rate
 from hyperlora.cli.inspect import inspect
 from hyperlora.cli.judge import judge
+from hyperlora.cli.listing import methods, tasks
 from hyperlora.cli.plan import plan
 from hyperlora.cli.teach import teach
 from hyperlora.cli.train import train
@@ -30,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (generate, ask, inspect, compose, train, plan, teach, evaluate, compare, methods, judge):
+for command in (generate, ask, inspect, compose, train, plan, teach, evaluate, compare, methods, tasks, judge):
     app.command()(command)
 app.add_typer(rate, name="rate")
 

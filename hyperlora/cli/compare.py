@@ -1,4 +1,4 @@
-"""`hyperlora compare` and `hyperlora methods`: methods against tasks, and which methods there are."""
+"""`hyperlora compare`: methods against tasks."""
 
 import shlex
 import sys
@@ -50,18 +50,3 @@ def compare(
     command += ["--trust-remote-code"] * trust_remote_code
     for path in comparison.report(shlex.join(command)):
         print(path)
-
-
-def methods(as_json: options.Json = False) -> None:
-    """List the methods that `compare` knows, with their settings."""
-    import json
-
-    from hyperlora.methods import METHODS
-
-    if as_json:
-        print(json.dumps({name: method.Settings.model_json_schema() for name, method in METHODS.items()}))
-        return
-    for name, method in sorted(METHODS.items()):
-        print(f"{name}: {method.summary()}")
-        for setting, field in method.Settings.model_fields.items():
-            print(f"    {setting} = {field.default!r}")
