@@ -25,6 +25,7 @@ def new_directory(path: Path, marker: str, force: bool = False) -> Iterator[Path
     Raises:
         InputError: `path` may not be replaced, or the disk cannot be written.
     """
+    path = path.resolve()
     check_directory(path, marker, force)
     partial: Path | None = None
     replaced: Path | None = None
@@ -36,7 +37,7 @@ def new_directory(path: Path, marker: str, force: bool = False) -> Iterator[Path
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
         check_directory(path, marker, force)  # it may have appeared meanwhile
-        if path.exists():
+        if force and path.exists():
             replaced = partial.with_name(partial.name + "-old")
             os.replace(path, replaced)
         os.replace(partial, path)
@@ -60,19 +61,17 @@ def check_free(path: Path, force: bool) -> None:
 
 
 def check_directory(path: Path, marker: str, force: bool) -> None:
-    """Raises InputError when the directory `path` may not be written: there is one that is not empty, without `force`;
-    or what is there has no file `marker`, so that it is something else."""
+    """Raises InputError when the directory `path` may not be written: there is one that is not empty, and it has no
+    file `marker`, so that it is something else; or it has one, and `force` is not set."""
     if not path.exists():
         return
     if not path.is_dir():
         raise InputError(f"{path} already exists and is a file; choose another output")
     held = sorted(entry.name for entry in path.iterdir())
+    if held and marker not in held:
+        raise InputError(f"{path} already exists and holds other things ({held[0]}); choose another output")
     if held and not force:
         raise InputError(f"{path} already exists; choose another output or pass --force (force=True) to replace it")
-    if held and marker not in held:
-        raise InputError(
-            f"{path} holds other things ({held[0]}), which --force does not replace; choose another output"
-        )
 
 
 def write_text(path: Path, text: str) -> None:

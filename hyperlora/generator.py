@@ -264,7 +264,7 @@ class Generator(nn.Module):
         """Write config.json and model.safetensors (hypernetwork in float16, calibration in float32), atomically.
 
         Raises:
-            InputError: the directory exists (without `force`) or the disk cannot be written.
+            InputError: the directory exists (without `force`, or it is no generator's) or the disk cannot be written.
         """
         record = {
             "name": self.name,

@@ -85,7 +85,11 @@ def stored_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_generator(path: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], force: bool) -> None:
-    """Write both files, atomically. Raises InputError: `path` exists, without `force`, or the disk is full."""
+    """Write both files, atomically.
+
+    Raises:
+        InputError: `path` exists (without `force`, or it is no generator's), or the disk is full.
+    """
     with new_directory(path, CONFIG, force) as folder:
         (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})

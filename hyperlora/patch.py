@@ -180,7 +180,8 @@ class Patch:
         """Write a PEFT adapter directory, atomically.
 
         Raises:
-            InputError: the directory exists (without `force`), the disk cannot be written, a value is not finite.
+            InputError: the directory exists (without `force`, or it is no patch's), the disk cannot be written, a value
+                is not finite.
         """
         from peft import LoraConfig
 
@@ -218,7 +219,7 @@ class Patch:
             InputError: no patch there, or a damaged one.
         """
         folder, names = Path(path), (WEIGHTS, CONFIG, PROVENANCE)
-        if not folder.exists() and may_be_on_hub(path):
+        if not folder.parent.is_dir() and may_be_on_hub(path):
             folder = from_hub("patch", str(path), names)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing and (held := sorted(folder.glob(f"*/{PROVENANCE}"))):

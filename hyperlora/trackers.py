@@ -20,7 +20,7 @@ def _tensorboard(folder: Path, settings: Record, step: int) -> Log:
     from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
     # What an earlier run logged from here on will be repeated.
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def log(numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():

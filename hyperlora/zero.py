@@ -1,5 +1,6 @@
 """The engine on DeepSpeed's ZeRO (extra `train`): optimizer state, gradients and weights shared out over processes."""
 
+import errno
 import json
 import logging
 import math
@@ -76,7 +77,7 @@ class ZeroEngine(Engine):
                 f"{checkpoint} was written at ZeRO stage {found['stage']}, and DeepSpeed converts nothing between "
                 f"stage 3 and the others; go on at stage {found['stage']}"
             )
-        if (checkpoint / _UNIVERSAL / "zero" / "optimizer_state.pt").exists():
+        if (checkpoint / "latest_universal").exists():  # the converter writes it last
             return _UNIVERSAL
         half = f"; first remove {checkpoint / _UNIVERSAL}, which is not whole" * (checkpoint / _UNIVERSAL).exists()
         what = f"{found['processes']} process(es) at ZeRO stage {found['stage']}"
@@ -106,7 +107,7 @@ class ZeroEngine(Engine):
         set_rates(self.optimizer, rates)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        # It skips a step whose gradient is not finite, and says so in one of these ways.
+        # It leaves out a step whose gradient is not finite (from 0.19.8 on), and says so in one of these ways.
         return norm if math.isfinite(norm) and norm != -1.0 else math.inf
 
     def whole(self) -> AbstractContextManager[Any]:
@@ -124,11 +125,19 @@ class ZeroEngine(Engine):
     def load(self, folder: Path) -> None:
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=self.tag)
-        except (AssertionError, RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (AssertionError, RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            # A file that was cut short may be either; else it is want of memory, a disk, or a process that died.
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(
-                f"the optimizer state in {folder / self.tag} is damaged ({why}); remove {folder} to start again"
-            ) from error
+            advice = (
+                f"remove {folder / _UNIVERSAL} and {folder / 'latest_universal'}, and convert it again"
+                if self.tag == _UNIVERSAL
+                else f"remove {folder} to start again"
+            )
+            raise InputError(f"the optimizer state in {folder / self.tag} is damaged ({why}); {advice}") from error
         if path is None:
             raise InputError(f"{folder} holds no optimizer state that DeepSpeed can read; choose another -o")
 

@@ -191,7 +191,7 @@ def test_ask_minds_the_window_and_sums_of_many(generate: Run, run: Run, document
     code, _, err = run("ask", *[tmp_path / "p"] * 2, *asked[2:])
     assert code == 0 and "warning" not in err, err
     code, _, err = run("ask", *[tmp_path / "p"] * 3, *asked[2:])
-    assert code == 0 and "warning: of a sum of more than 2 patches" in err, err
+    assert code == 0 and "warning: a sum of more than 2 patches loses" in err, err
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tiny_dirs: tuple[str, str], document: Path, tmp_path: Path) -> None:

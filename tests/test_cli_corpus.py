@@ -72,6 +72,17 @@ def test_files_of_like_names_are_told_apart(generate: Run, tmp_path: Path) -> No
     assert len(both) == 2 and both[0].endswith("x--notes.txt") and both[1].endswith("y--notes.txt")
     with pytest.raises(InputError, match="two documents are called"):
         Corpus([str(tmp_path / "x" / "notes.txt")] * 2)
+    for pattern in ("**.txt", "/x/*"):
+        with pytest.raises(InputError, match="use a pattern such as"):
+            Corpus([str(tmp_path / "docs")], pattern)
+    with pytest.raises(InputError, match="no folder was given"):
+        Corpus([str(tmp_path / "x" / "notes.txt")], "*.txt")
+    for name in ("manifest.json.txt", "manifesto.txt", "की.txt", "कि.txt", f"{'長' * 80}.txt", "rows.jsonl"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / name).write_text(f"{name} {TEXT}")
+    odd = list(Corpus([str(tmp_path / "odd")]).digests)  # a JSONL file in a folder is a text like others
+    assert len(odd) == 6 and {"manifest.json-file", "manifesto", "की", "कि", "rows"} < set(odd)
+    assert all(len(name.encode()) <= 200 for name in odd)
     code, _, err = generate(tmp_path / "docs", "-o", tmp_path / "out", "--glob", "*.md")
     assert code == 0 and {p.name for p in (tmp_path / "out").iterdir()} == {"a", "manifest.json"}, err
 
@@ -89,8 +100,12 @@ def test_ranks_share_a_corpus(tmp_path: Path, tiny_dirs: tuple[str, str]) -> Non
 
     done = launched(source, "-o", out)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 7, done.stderr[-2000:]
-    manifests = {"manifest-1-of-2.json", "manifest-2-of-2.json"}
-    assert {p.name for p in out.iterdir()} == {f"doc-{i}" for i in range(7)} | manifests
+    assert {p.name for p in out.iterdir()} == {f"doc-{i}" for i in range(7)} | {"manifest.json"}
+    assert [record["id"] for record in json.loads((out / "manifest.json").read_text())] == [
+        f"doc-{i}" for i in range(7)
+    ]
+    done = launched(source, "-o", out, "--json")
+    assert [record["id"] for record in json.loads(done.stdout)] == [f"doc-{i}" for i in range(7)], done.stderr[-2000:]
     done = launched(source, "--together", "-o", tmp_path / "one")
     assert done.returncode != 0 and "a single patch is made by one process" in done.stderr
 
@@ -103,7 +118,7 @@ def test_ranks_share_a_corpus(tmp_path: Path, tiny_dirs: tuple[str, str]) -> Non
         ('{"id": 7.5, "text": "some words here"}', "cannot name a directory"),
         ('{"id": true, "text": "some words here"}', "cannot name a directory"),
         (f'{{"id": "{"x" * 201}", "text": "some words here"}}', "cannot name a directory"),
-        ('{"id": "manifest.json", "text": "some words here"}', "cannot name a directory"),
+        ('{"id": "manifest-1-of-2.json", "text": "some words here"}', "cannot name a directory"),
         ('{"id": "doc-1", "text": "some words here"}', "two documents are called"),
         ('{"id": "x"}', "line 3: field 'text' is missing"),
         ('{"id": "x", "text": 5}', "must be a string"),

@@ -23,10 +23,11 @@ def test_tensorboard_shows_the_losses_of_the_run(recipe: Recipe, tmp_path: Path,
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(folder), rel=1e-5)
     assert [event.step for event in events.Scalars("facts-2/patch_f1")] == [0, recipe.steps]
-    track(["tensorboard"], folder, {}, 3)({"step": 3, "loss": 0.5})  # of a run that went on from the second step
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    for first, left in ((3, [1, 2, 3]), (0, [0])):  # of a run that went on from the second step, or began again
+        track(["tensorboard"], folder, {}, first)({"step": first, "loss": 0.5})
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == left
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

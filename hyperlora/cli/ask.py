@@ -39,8 +39,8 @@ def ask(
     text = read_document(document) if document is not None else None
     if len(patches) > _ADDED:
         print(
-            f"hyperlora: warning: of a sum of more than {_ADDED} patches little is left; one patch of all documents "
-            "(hyperlora generate --together) remembers them",
+            f"hyperlora: warning: a sum of more than {_ADDED} patches loses most of what they hold; make one patch of "
+            "all documents with hyperlora generate --together",
             file=sys.stderr,
         )
     patch = Patch.compose([Patch.load(path) for path in patches])

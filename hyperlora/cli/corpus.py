@@ -2,6 +2,7 @@
 
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from hyperlora.errors import InputError
 from hyperlora.files import sha256
 from hyperlora.reading import decode_document, half_character, read_document, read_records
 
-_ID = re.compile(r"[^\W_][\w.-]*")  # letters and digits of any script
+_MANIFEST = re.compile(r"manifest(-\d+-of-\d+)?\.json")  # what `generate` calls its own files
 _LONGEST_ID = 200  # bytes; a name in a file system may have 255
 
 
@@ -50,6 +51,8 @@ class Corpus:
     """
 
     def __init__(self, inputs: list[str], pattern: str | None = None):
+        if pattern and not any(Path(name).is_dir() for name in inputs):
+            raise InputError("--glob chooses among the files of a folder; no folder was given")
         self._files = _named([file for name in inputs for file in _files(Path(name), pattern)])
         self.digests: dict[str, str] = {}
         for document in self._read():
@@ -77,29 +80,34 @@ class Corpus:
                 yield Document(name, read_document(path))
 
 
-def _files(path: Path, pattern: str | None) -> Iterator[tuple[Path, Path]]:
-    """The files that an argument names, each with the part of its path that its document is called by."""
+def _files(path: Path, pattern: str | None) -> Iterator[tuple[Path, Path | None]]:
+    """The files that an argument names, each with the part of its path that its document is called by, or None for the
+    many of a JSONL file."""
     if path.is_dir():
-        relative = sorted(p.relative_to(path) for p in path.rglob(pattern or "*") if p.is_file())
+        try:
+            found = list(path.rglob(pattern or "*"))
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"--glob {pattern!r}: {error}; use a pattern such as *.txt") from error
+        relative = sorted(p.relative_to(path) for p in found if p.is_file())
         visible = [p for p in relative if not any(part.startswith(".") for part in p.parts)]
         yield from ((path / p, p) for p in visible)
     elif path.exists() and not path.is_file():
         raise InputError(f"{path} is a pipe or a device, but a corpus is read twice; write it to a file first")
     else:
-        yield path, Path(path.name)
+        yield path, None if _is_jsonl(path) else Path(path.name)
 
 
-def _named(files: list[tuple[Path, Path]]) -> list[tuple[Path, str | None]]:
+def _named(files: list[tuple[Path, Path | None]]) -> list[tuple[Path, str | None]]:
     """Files with the ids of their documents, None for the many of a JSONL file. Where some would be called alike, they
     keep the endings of their names, and where that does not help their whole paths."""
-    singles = [(path, short) for path, short in files if not _is_jsonl(path)]
+    singles = [(path, short) for path, short in files if short is not None]
     names: dict[Path, str] = {}
     for given in (lambda p, s: s.with_suffix(""), lambda p, s: s, lambda p, s: p):
         left = {path: _file_id(given(path, short)) for path, short in singles if path not in names}
         counted = Counter([*left.values(), *names.values()])
         names |= {path: name for path, name in left.items() if counted[name] == 1}
     names |= {path: name for path, name in left.items() if path not in names}  # those that the corpus will refuse
-    return [(path, _checked(names[path], str(path)) if path in names else None) for path, _ in files]
+    return [(path, names.get(path)) for path, _ in files]
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -107,18 +115,29 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _file_id(path: Path) -> str:
-    """A file's path inside its folder as the name of a directory: `sub/My notes` gives `sub--My_notes`."""
-    return re.sub(r"[^\w.-]", "_", "--".join(part for part in path.parts if part != "/")).lstrip("._-") or "document"
+    """A file's path inside its folder as the name of a directory: `sub/My notes` gives `sub--My_notes`. What is too
+    long ends with a hash."""
+    joined = unicodedata.normalize("NFC", "--".join(part for part in path.parts if part != "/"))
+    name = "".join(c if _may_be_in_a_name(c) else "_" for c in joined).lstrip("._-") or "document"
+    if len(name.encode()) > _LONGEST_ID:
+        kept = name.encode()[: _LONGEST_ID - 17].decode(errors="ignore")
+        name = f"{kept}-{sha256(name.encode())[:16]}"
+    return f"{name}-file" if _MANIFEST.fullmatch(name) else name
+
+
+def _may_be_in_a_name(character: str) -> bool:
+    """Letters and digits of any script with their marks, and what is harmless between them."""
+    return character.isalnum() or character in "._-" or unicodedata.category(character).startswith("M")
 
 
 def _checked(name: Any, where: str) -> str:
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
-    fits = isinstance(name, str) and _ID.fullmatch(name) and len(name.encode()) <= _LONGEST_ID
-    if not fits or name.startswith("manifest"):
+    fits = isinstance(name, str) and name[:1].isalnum() and all(map(_may_be_in_a_name, name))
+    if not fits or len(name.encode()) > _LONGEST_ID or _MANIFEST.fullmatch(name):
         raise InputError(
-            f"{where}: id {name!r} cannot name a directory; use up to {_LONGEST_ID} letters, digits, '.', '_' and '-', "
-            "and another beginning than 'manifest'"
+            f"{where}: id {name!r} cannot name a directory; use letters, digits, '.', '_' and '-', {_LONGEST_ID} bytes "
+            "at most"
         )
     return name
 

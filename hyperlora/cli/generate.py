@@ -47,7 +47,10 @@ def generate(
     """
     from hyperlora import ranks
 
-    source = lone_document(inputs) or Corpus(inputs, pattern)
+    lone = lone_document(inputs)
+    if lone and pattern:
+        raise InputError("--glob chooses among the files of a folder; no folder was given")
+    source = lone or Corpus(inputs, pattern)
     single = together or isinstance(source, Document)
     if single and (shard or ranks.launched() > 1):
         raise InputError("--shard and launchers divide a corpus; a single patch is made by one process")
@@ -64,12 +67,16 @@ def generate(
         records = list(_write(loaded, [source], 1, output.parent, output.name, batch, force))
     else:
         records = _corpus(loaded, source, output, batch, force, part)
+    ranks.leave()
+    if ranks.launched() > 1:
+        if part[0] > 1:
+            return
+        records = _gathered(source, output, part[1])
     if as_json:
         print(json.dumps(records[0] if single else records))
     else:
         for record in records:
             print(_line(record, loaded.base.attention))
-    ranks.leave()
 
 
 def _check_corpus_output(output: Path) -> None:
@@ -96,13 +103,28 @@ def _corpus(
             waiting.append(name)
         else:
             done[name] = record
-    manifest = "manifest.json" if part == (1, 1) else f"manifest-{part[0]}-of-{part[1]}.json"
+    manifest = "manifest.json" if part == (1, 1) else _part_of_manifest(part)
     try:
         for record in _write(generator, corpus.documents(waiting), len(waiting), output, None, batch, force):
             done[record["id"]] = record
     finally:
         ordered = [done[name] for name in chosen if name in done]
         write_text(output / manifest, json.dumps(ordered, indent=1) + "\n")
+    return ordered
+
+
+def _part_of_manifest(part: tuple[int, int]) -> str:
+    return f"manifest-{part[0]}-of-{part[1]}.json"
+
+
+def _gathered(corpus: Any, output: Path, parts: int) -> list[dict[str, Any]]:
+    """The records of all processes in the order of the corpus, in one manifest."""
+    paths = [output / _part_of_manifest((own, parts)) for own in range(1, parts + 1)]
+    done = {record["id"]: record for path in paths for record in json.loads(path.read_text())}
+    ordered = [done[name] for name in corpus.digests]
+    write_text(output / "manifest.json", json.dumps(ordered, indent=1) + "\n")
+    for path in paths:
+        path.unlink()
     return ordered
 
 

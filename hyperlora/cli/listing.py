@@ -31,14 +31,16 @@ def methods(name: Name = None, as_json: options.Json = False) -> None:
 
 def tasks(name: Name = None, as_json: options.Json = False) -> None:
     """List the tasks that `compare` knows, with their settings."""
-    from hyperlora.tasks import TASKS
+    from hyperlora.tasks import TASKS, Task
 
+    shared = (inspect.getdoc(Task) or "").partition("    items:")
     if as_json:
         print(json.dumps({key: TASKS[key].model_json_schema() for key in _chosen(TASKS, name)}))
         return
     for key in _chosen(TASKS, name):
         summary, *meaning = (inspect.getdoc(TASKS[key]) or "").split("\n", 1)
-        _show(key, summary, meaning[0].strip() if name and meaning else None, TASKS[key])
+        meaning.append("Of all tasks:\n" + "".join(shared[1:]))
+        _show(key, summary, "\n\n".join(map(str.strip, meaning)) if name else None, TASKS[key])
 
 
 def _chosen(registry: Mapping[str, object], name: str | None) -> list[str]:

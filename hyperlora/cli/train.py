@@ -58,7 +58,7 @@ def train(
         settings = zero.read_settings(deepspeed, checked)
     loaded = loading.base_options(device, dtype, None, trust_remote_code)
     trainer = start(checked, output, recipe.stem, settings, **loaded)
-    settings_shown, step = checked.model_dump(mode="json"), trainer.step and trainer.step + 1
+    settings_shown, step = checked.model_dump(mode="json"), trainer.step + 1 if trainer.step else 0
     trainer.run(track(trackers, output, settings_shown, step) if ranks.own() == 0 else None)
     if ranks.own() == 0:
         summary = trainer.summary()

@@ -7,7 +7,7 @@ after a stop.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item, Question
 from hyperlora.errors import InputError
 from hyperlora.evaluation.metrics import contains
-from hyperlora.evaluation.window import check_window
+from hyperlora.evaluation.window import check_fits
 from hyperlora.files import sha256, write_text
 from hyperlora.fingerprint import Fingerprint
 from hyperlora.memory import Memory
@@ -141,7 +141,9 @@ def teach(
     if top_k > (known := len(base.model.get_output_embeddings().weight)):
         raise InputError(f"--top-k {top_k}: {base.name} has only {known} tokens")
     for item in asked:
-        check_window("teach", [_hinted(item) if phrased else item], base, max_new_tokens)
+        prompts = [_hint(question) if phrased else question.text for question in item.questions]
+        longest = max(len(base.prompt.question_ids(base.tokenizer, prompt)) for prompt in prompts)
+        check_fits(f"teach, document {item.id}", item.text, longest + max_new_tokens, base)
     groups = [asked[start : start + _PART_DOCUMENTS] for start in range(0, len(asked), _PART_DOCUMENTS)]
     settings = {
         "base": base.name,
@@ -168,24 +170,24 @@ def teach(
     return len(todo)
 
 
-def _hinted(item: Item) -> Item:
-    """With questions that ask for their answer in the model's own words."""
-    return replace(item, questions=tuple(replace(question, text=_hint(question)) for question in item.questions))
-
-
 def _hint(question: Question) -> str:
+    """The question, asking for its answer in the model's own words."""
     return _PHRASING.format(question=question.text, answer=question.reply)
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS
-    if path.exists():
-        found = _read_settings(folder)
+    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    if _SETTINGS in names:
+        try:
+            found = _read_settings(folder)
+        except InputError as error:
+            raise InputError(f"{path} cannot be read; choose another -o, or remove it to make all anew") from error
         if changed := [name for name in settings if settings[name] != found.get(name)]:
             raise InputError(f"{folder} holds replies made with another {', '.join(changed)}; choose another -o")
         return
     # Another shard's process may be writing the settings just now, or was killed while it did.
-    if folder.exists() and any(not other.name.startswith(f".{_SETTINGS}-") for other in folder.iterdir()):
+    if any(not name.startswith(f".{_SETTINGS}-") for name in names):
         raise InputError(f"{folder} is not empty and holds no teacher's replies; choose another -o")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
