@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hyperlora.errors import InputError, nearest
 from hyperlora.files import write_text
@@ -16,7 +16,14 @@ Record = dict[str, Any]
 Log = Callable[[dict[str, float], int], None]  # numbers by name, and the step
 
 
-def _tensorboard(folder: Path, settings: Record, step: int) -> Log:
+class Tracker(NamedTuple):
+    """A run that has begun; `finish` is told whether it ended with an error."""
+
+    log: Log
+    finish: Callable[[bool], object]
+
+
+def _tensorboard(folder: Path, settings: Record, step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
 
     # What an earlier run logged from here on will be repeated.
@@ -27,26 +34,25 @@ def _tensorboard(folder: Path, settings: Record, step: int) -> Log:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return log
+    return Tracker(log, lambda failed: writer.close())
 
 
-def _wandb(folder: Path, settings: Record, step: int) -> Log:
+def _wandb(folder: Path, settings: Record, step: int) -> Tracker:
     import wandb
 
     with _known(folder / "wandb-id") as known:
         run = wandb.init(
             project="hyperlora", name=folder.name, dir=str(folder), config=settings, id=known, resume="allow"
         )
-    return lambda numbers, step: run.log(numbers, step=step)
+    return Tracker(lambda numbers, step: run.log(numbers, step=step), lambda failed: run.finish(exit_code=int(failed)))
 
 
-def _trackio(folder: Path, settings: Record, step: int) -> Log:
+def _trackio(folder: Path, settings: Record, step: int) -> Tracker:
     import trackio
 
-    # It knows a run by its name alone.
-    with _known(folder / "trackio-id") as known, redirect_stdout(sys.stderr):  # stdout is for results
+    with _known(folder / "trackio-id") as known:  # it knows a run by its name alone
         run = trackio.init(project="hyperlora", name=f"{folder.name}-{known[:8]}", config=settings, resume="allow")
-    return lambda numbers, step: run.log(numbers, step=step)
+    return Tracker(lambda numbers, step: run.log(numbers, step=step), lambda failed: trackio.finish())
 
 
 @contextmanager
@@ -58,7 +64,7 @@ def _known(path: Path) -> Iterator[str]:
 
 
 WRITTEN = {"tensorboard", "trackio-id", "wandb", "wandb-id"}  # what they may leave in a run's folder
-TRACKERS: dict[str, Callable[[Path, Record, int], Log]] = {
+TRACKERS: dict[str, Callable[[Path, Record, int], Tracker]] = {
     "tensorboard": _tensorboard,
     "trackio": _trackio,
     "wandb": _wandb,
@@ -76,8 +82,10 @@ def check(names: Sequence[str]) -> None:
             raise InputError(f"the tracker {name} is not installed; run: pip install {name}") from error
 
 
-def track(names: Sequence[str], folder: Path, settings: Record, step: int = 0) -> Callable[[Record], None]:
-    """What hands every record of a run to trackers; scores of an evaluation set are named after it.
+@contextmanager
+def track(names: Sequence[str], folder: Path, settings: Record, step: int = 0) -> Iterator[Callable[[Record], None]]:
+    """Gives what hands every record of a run to trackers; scores of an evaluation set are named after it. They finish
+    the run when the block ends.
 
     A tracker that fails on the way is left out from there on, with a warning, for the run is worth more.
 
@@ -88,21 +96,32 @@ def track(names: Sequence[str], folder: Path, settings: Record, step: int = 0) -
     Raises:
         InputError: a tracker cannot begin.
     """
-    logs: dict[str, Log] = {}
-    for name in names:
-        try:
-            logs[name] = TRACKERS[name](folder, settings, step)
-        except Exception as error:  # whatever a service may raise
-            raise InputError(f"the tracker {name} cannot begin ({error}); leave out --track {name}") from error
+    trackers: dict[str, Tracker] = {}
 
     def hand_on(record: Record) -> None:
         group = f"{record['evaluation']}/" if "evaluation" in record else "train/"
         numbers = {group + k: float(v) for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
-        for name, log in list(logs.items()):
+        for name, tracker in list(trackers.items()):
             try:
-                log(numbers, record["step"])
+                tracker.log(numbers, record["step"])
             except Exception as error:
-                del logs[name]
+                del trackers[name]
                 warnings.warn(f"the tracker {name} failed ({error}); the run goes on without it", stacklevel=2)
 
-    return hand_on
+    failed = True
+    try:
+        for name in names:
+            try:
+                with redirect_stdout(sys.stderr):  # stdout is for results
+                    trackers[name] = TRACKERS[name](folder, settings, step)
+            except Exception as error:  # whatever a service may raise
+                raise InputError(f"the tracker {name} cannot begin ({error}); leave out --track {name}") from error
+        yield hand_on
+        failed = False
+    finally:
+        for name, tracker in trackers.items():
+            try:
+                with redirect_stdout(sys.stderr):
+                    tracker.finish(failed)
+            except Exception as error:
+                warnings.warn(f"the tracker {name} did not finish ({error}); it may lack the last steps", stacklevel=2)

@@ -4,8 +4,10 @@
     python eval/bench/training.py train/facts.yaml --set documents=16
 
 The straightforward loop takes one document at a time, reads it with a whole forward pass, computes logits at every
-position and walks back through everything. Steps of both alternate on the same documents; the medians are compared, and
-the difference of their gradients is printed as a control. On a GPU the share of `--peak` TFLOP/s is printed too.
+position and walks back through everything. Steps of both alternate on the same documents; the medians are compared. Two
+controls are printed: the difference of the gradients, and how many operations the straightforward loop takes for one of
+the loop, which is the ratio of the times where both compute equally fast. On a GPU the share of `--peak` TFLOP/s is
+printed too.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.drawing import Micro
+from hyperlora.drawing import Micro, Step
 from hyperlora.errors import InputError
 from hyperlora.flop_counter import flop_counter
 from hyperlora.hypernet import Features, Reading
@@ -128,6 +130,19 @@ def gradients(run: Trainer) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in found])
 
 
+def operations(run: Trainer, drawn: list[Micro]) -> dict[str, int]:
+    """Floating-point operations of both loops on the same steps."""
+    run.steps = (Step([micro], run.drawing.position) for micro in drawn)
+    with flop_counter() as loop:
+        for _ in drawn:
+            run.train_step()
+    with flop_counter() as plain:
+        for micro in drawn:
+            straightforward(run, micro)
+    run.generator.hypernet.zero_grad()
+    return {"loop": loop.get_total_flops(), "straightforward": plain.get_total_flops()}
+
+
 def measure(recipe: Recipe, steps: int, peak: float | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"micro_batches": 1, "clip": 1e9})
     recipe.evaluation.facts, recipe.evaluation.qa = [], []
@@ -138,7 +153,7 @@ def measure(recipe: Recipe, steps: int, peak: float | None, dtype: torch.dtype |
     run.engine.step = lambda rates: caught.append(gradients(run)) or 0.0  # type: ignore[func-returns-value]
     drawing = run.drawing.steps(0)
     seconds: dict[str, list[float]] = {"loop": [], "straightforward": []}
-    differences, operations = [], 0.0
+    differences, timed = [], []
     for number in range(steps + 1):  # the first warms up
         drawn = next(drawing)  # here, so that both loops get the same
         run.steps = (step for step in [drawn])
@@ -149,20 +164,18 @@ def measure(recipe: Recipe, steps: int, peak: float | None, dtype: torch.dtype |
         end = run.base.now()
         plain = gradients(run)
         if number:
+            timed.append(drawn.micro[0])
             seconds["loop"].append(middle - begin)
             seconds["straightforward"].append(end - middle)
             differences.append(float((caught[-1] - plain).norm() / plain.norm()))
-    if peak:
-        run.steps = None
-        with flop_counter() as counter:
-            run.train_step()
-        operations = counter.get_total_flops() / statistics.median(seconds["loop"]) / 1e12
+    counted = operations(run, timed)
     per_second = {name: recipe.documents / statistics.median(values) for name, values in seconds.items()}
     return {
         "documents_per_second": per_second,
         "ratio": per_second["loop"] / per_second["straightforward"],
+        "operations_ratio": counted["straightforward"] / counted["loop"],
         "gradient_difference": max(differences),
-        **({"share_of_peak": operations / peak} if peak else {}),
+        **({"share_of_peak": counted["loop"] / sum(seconds["loop"]) / 1e12 / peak} if peak else {}),
     }
 
 

@@ -59,7 +59,8 @@ def train(
     loaded = loading.base_options(device, dtype, None, trust_remote_code)
     trainer = start(checked, output, recipe.stem, settings, **loaded)
     settings_shown, step = checked.model_dump(mode="json"), trainer.step + 1 if trainer.step else 0
-    trainer.run(track(trackers, output, settings_shown, step) if ranks.own() == 0 else None)
+    with track(trackers if ranks.own() == 0 else [], output, settings_shown, step) as hand_on:
+        trainer.run(hand_on)
     if ranks.own() == 0:
         summary = trainer.summary()
         print(json.dumps(summary) if as_json else summary["generator"])
