@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
@@ -173,12 +174,37 @@ def test_latents_do_not_grow_with_the_document(base: BaseModel, documents: list[
     assert isinstance(hypernet, Perceiver)
     short, long = encoder.open([encoder.tokenize(documents[0][:9])]), encoder.open([encoder.tokenize(TEXT)])
     for reading in (short, long):
-        latents = hypernet.read(reading.features)
+        latents = hypernet.read(reading.features, generator.statistics)
         assert latents.shape == (1, 2, 3, 16)
         torch.testing.assert_close(latents.norm(dim=-1), torch.ones(1, 2, 3))
         for x, (a, _) in zip(long.features.inputs, hypernet(reading, generator.statistics), strict=True):
             assert a.shape[1] == 5
             assert 0.2 < float((x[0] @ a[0].T).detach().square().mean().sqrt()) < 1.5
+
+
+def test_an_untrained_perceiver_echoes_its_document(base: BaseModel) -> None:
+    """From one document to another its keys change as the inputs do, and its values as the words do."""
+    options = {**OPTIONS["perceiver"], "width": 64, "fixed_ranks": 0}
+    generator = make_generator(base, hypernet="perceiver", options=options)
+    pieces = [TEXT[start : start + 40] for start in range(0, len(TEXT) - 40, 20)]
+    reading = generator.encoder.open([generator.encoder.tokenize(piece) for piece in pieces])
+    features = reading.features
+    assert len(pieces) > 8
+
+    def typical(x: torch.Tensor) -> torch.Tensor:
+        """The mean over tokens, without what all documents have in common (documents, width)."""
+        means = (x * features.mask[..., None]).sum(1) / features.mask.sum(1, keepdim=True)
+        return means - means.mean(0)
+
+    for x, stat, (a, b) in zip(
+        features.inputs, generator.statistics, generator.hypernet(reading, generator.statistics), strict=True
+    ):
+        size = stat.moment.diagonal.sqrt()
+        keys = (a @ stat.moment.dense() / size).mean(1)
+        values = (b * stat.gain[:, None]).mean(2)
+        for made, seen in ((keys, x / size), (values, features.following)):
+            alike = F.cosine_similarity(made - made.mean(0), typical(seen), dim=1)
+            assert float(alike.detach().mean()) > 0.3, alike
 
 
 def test_fixed_ranks_are_the_same_for_all_documents_and_can_be_left_out(base: BaseModel, documents: list[str]) -> None:

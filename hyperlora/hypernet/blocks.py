@@ -1,6 +1,7 @@
 """Attention blocks that the hypernetworks share. They add no position codes: the hidden states they read know their
 positions."""
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,16 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
+
+    @torch.no_grad()
+    def pass_on(self, sharpness: float) -> None:
+        """Begin with values that are the tokens themselves, and with scores so many times as large as they would be."""
+        self.q.weight.mul_(sharpness)
+        width = self.out.in_features
+        for weight in (self.kv.weight[width:], self.out.weight):
+            nn.init.eye_(weight)
+        for bias in (self.kv.bias, self.out.bias):
+            nn.init.zeros_(bias)
 
     def forward(self, z: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """z (batch, rows, width), tokens (batch, tokens, width), mask (batch, tokens)."""
