@@ -26,12 +26,12 @@ from hyperlora.files import write_text
 from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
 from hyperlora.groups import cheapest_groups
+from hyperlora.learning_rates import cosine
 from hyperlora.methods.adapted import fresh_adapter
 from hyperlora.packing import Packed, pack_alike, stacked
 from hyperlora.recipe import Recipe
 from hyperlora.session import Session
 from hyperlora.shared_state import SharedState
-from hyperlora.training import cosine
 
 _HELD_OUT = 20  # one document in so many validates
 _VALIDATION = 64  # documents
@@ -43,7 +43,7 @@ class Adapter(nn.Module):
 
     def __init__(self, base: BaseModel, recipe: Recipe):
         super().__init__()
-        config = stored_config(recipe.start_from) or recipe.generator
+        config = stored_config(recipe.start_from, recipe.generator)
         generator = Generator(base, config)  # for its modules alone
         alike = generator.hypernet.fixed, generator.hypernet.fixed_rank
         fresh: dict[str, tuple[Tensor, Tensor]] = {}

@@ -278,20 +278,26 @@ class Generator(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path | None = None, base: BaseModel | None = None, **options: Any
+        cls,
+        name: str | Path | None = None,
+        base: BaseModel | None = None,
+        changes: GeneratorConfig | None = None,
+        **options: Any,
     ) -> "Generator":
         """Load a generator: None for the one that ships with the package, a local directory, or a hub id.
 
         Args:
             base: the loaded base model; by default the one that the generator names is loaded, with `options`
                 passed to `load_base`.
+            changes: settings that are to be others than the generator's. Weights that they add are fresh ones.
 
         Raises:
-            InputError: no generator there, or a damaged one.
+            InputError: no generator there, a damaged one, or one whose weights are not of these settings.
             BaseMismatch: it was trained for another base.
         """
         stored = StoredGenerator.find(name)
-        base, config = base or load_base(stored.wanted.base, **options), stored.config
+        base = base or load_base(stored.wanted.base, **options)
+        config = stored.config.changed(changes) if changes else stored.config
         check_base(stored.wanted, base.fingerprint, base.name)
         sites = sites_of(base, config)
         if stored.sites != [site.to_dict() for site in sites]:
@@ -305,10 +311,11 @@ class Generator(nn.Module):
                 f"{part}.{key}": tuple(tensor.shape)
                 for part, module in (("statistics", statistics), ("hypernet", hypernet))
                 for key, tensor in module.state_dict().items()
-            }
+            },
+            all_of_them=changes is None,
         )
         generator = cls(base, config, stored.name)
-        generator.load_state_dict(tensors)
+        generator.load_state_dict(generator.state_dict() | tensors)
         return generator.eval().requires_grad_(False)
 
     def push_to_hub(self, repository: str, *, private: bool = True, token: str | None = None) -> str:

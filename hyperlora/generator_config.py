@@ -38,6 +38,11 @@ class GeneratorConfig(BaseModel):
     moment_directions: int = Field(default=32, ge=0)
     ridge: float = Field(default=0.05, gt=0)
 
+    def changed(self, changes: "GeneratorConfig") -> "GeneratorConfig":
+        """These settings with those that were named in `changes`, of its options too."""
+        named = {key: getattr(changes, key) for key in changes.model_fields_set}
+        return self.model_copy(update=named | {"options": self.options | changes.options})
+
     def rank_of(self, tokens: int) -> int:
         """Ranks of the patch of a document of so many tokens, per site."""
         return max(self.rank, min(self.max_rank or 0, -(-tokens // self.rank_tokens) * self.rank))

@@ -52,8 +52,9 @@ class StoredGenerator(NamedTuple):
         except (OSError, SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} holds no usable generator ({str(error).splitlines()[0]})") from error
 
-    def tensors(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """The weights, which must have the `expected` names and shapes; a file that does not is not read.
+    def tensors(self, expected: Mapping[str, tuple[int, ...]], all_of_them: bool = True) -> dict[str, Tensor]:
+        """The weights, which must have the `expected` names and shapes, of which some may be missing unless
+        `all_of_them` must be there; a file that does not is not read.
 
         Raises:
             InputError: other names or shapes, or values that are not finite.
@@ -62,7 +63,8 @@ class StoredGenerator(NamedTuple):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            if wrong := sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n)):
+            named = expected.keys() | shapes.keys() if all_of_them else shapes.keys()
+            if wrong := sorted(name for name in named if expected.get(name) != shapes.get(name)):
                 raise InputError(f"{path} does not fit its config.json: {len(wrong)} tensors, first {wrong[0]}")
             tensors = {name: file.get_tensor(name) for name in names}
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -71,9 +73,10 @@ class StoredGenerator(NamedTuple):
         return tensors
 
 
-def stored_config(name: str | None) -> GeneratorConfig | None:
-    """The settings of a generator that a run starts from; None where it starts from none. Raises InputError."""
-    return StoredGenerator.find(name).config if name else None
+def stored_config(name: str | None, changes: GeneratorConfig) -> GeneratorConfig:
+    """The settings of a generator that a run starts from, with its changes; those alone where it starts from none.
+    Raises InputError."""
+    return StoredGenerator.find(name).config.changed(changes) if name else changes
 
 
 def stored_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def plan(
         UnsupportedBase, InputError: no generator can be made for it, or there is none to start from.
     """
     config = _config(base or recipe.base or DEFAULT_BASE, trust_remote_code)
-    chosen = stored_config(recipe.start_from) or recipe.generator
+    chosen = stored_config(recipe.start_from, recipe.generator)
     with FakeTensorMode():
         model = _bare(config, dtype, trust_remote_code)
         generator = Generator(model, chosen)

@@ -145,6 +145,9 @@ class Recipe(_Strict):
             micro-batches.
         checkpointing: keep no activations inside layers and hypernetwork, and compute them again in the backward pass.
         strength_rate: learning rate of the parameters that set how strong a patch is; None for that of the rest.
+        trained: parts of the names of the hypernetwork's parameters that are trained; empty for all of them.
+        start_from: a generator whose weights are the first. What `generator` says differs from its settings; parameters
+            that this adds start as in a fresh one.
     """
 
     base: str | None = None
@@ -154,6 +157,7 @@ class Recipe(_Strict):
     micro_batches: Positive = 1
     learning_rate: float = Field(1e-3, gt=0)
     strength_rate: float | None = Field(None, gt=0)
+    trained: list[Annotated[str, Field(min_length=1)]] = []
     warmup: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
@@ -180,12 +184,6 @@ class Recipe(_Strict):
     def _something_beside(self) -> "Recipe":
         if self.beside and self.documents * self.micro_batches < 2:
             raise ValueError("beside asks about the next document of a step; take two or more documents to a step")
-        return self
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Recipe":
-        if self.start_from and "generator" in self.model_fields_set:
-            raise ValueError("start_from brings the settings of its generator; leave out the key 'generator'")
         return self
 
 

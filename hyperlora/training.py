@@ -34,6 +34,7 @@ from hyperlora.evaluation.items import evaluation_sets
 from hyperlora.files import write_text
 from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator import Generator
+from hyperlora.learning_rates import cosine, rated_groups
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.recipe import Recipe
 from hyperlora.student import Student
@@ -95,11 +96,7 @@ class Trainer:
 
     def _engine(self, zero: dict[str, Any] | None) -> Engine:
         recipe, hypernet = self.recipe, self.generator.hypernet
-        strength = {id(p) for name, p in hypernet.named_parameters() if name.endswith(hypernet.strengths)}
-        strong = [p for p in hypernet.parameters() if id(p) in strength and recipe.strength_rate is not None]
-        rest = [p for p in hypernet.parameters() if all(p is not other for other in strong)]
-        self.rates = [recipe.learning_rate, *([recipe.strength_rate] if recipe.strength_rate and strong else [])]
-        groups = [{"params": found} for found in (rest, strong) if found]
+        groups, self.rates = rated_groups(hypernet, recipe)
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         if zero is None:
             return PlainEngine(hypernet, optimizer, recipe.clip)
@@ -259,8 +256,6 @@ class Trainer:
         position = loaded.position
         now = self.recipe.model_dump(mode="json")
         then = position["recipe"]
-        if then.get("start_from"):  # which brings the settings of its generator
-            then = {key: value for key, value in then.items() if key != "generator"}
         try:  # what an older version did not know has its default
             then = Recipe.model_validate(then).model_dump(mode="json")
         except ValidationError as error:
@@ -326,14 +321,6 @@ def _explained(less: str) -> Iterator[None]:
         raise OutOfMemory(less) from error
 
 
-def cosine(rate: float, step: int, warmup: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up to `rate`, then a cosine to a tenth of it at the last step."""
-    if step < warmup:
-        return rate * (step + 1) / warmup
-    part = (step - warmup) / max(1, steps - warmup)
-    return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
-
-
 def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None = None, **base_options: Any) -> Trainer:
     """A trainer in `folder`, new or where its last checkpoint left it; `base_options` go to `load_base`, `zero` are
     settings of DeepSpeed.
@@ -348,7 +335,7 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.base, **base_options)
     if recipe.start_from:
-        generator = Generator.from_pretrained(recipe.start_from, base).requires_grad_(True)
+        generator = Generator.from_pretrained(recipe.start_from, base, recipe.generator).requires_grad_(True)
         generator.name = name
     else:
         generator = Generator(base, recipe.generator, name)

@@ -56,7 +56,7 @@ CONFIGS = {
 _SMALL = {"width": 16, "depth": 1, "heads": 2}
 OPTIONS = {
     "associative": {**_SMALL, "moves": 3, "adapter_rank": 2},
-    "hybrid": {**_SMALL, "latents": 3, "moves": 3, "adapter_rank": 2},
+    "hybrid": {**_SMALL, "latents": 3, "moves": 3, "adapter_rank": 2, "salience": True},
     "perceiver": {**_SMALL, "latents": 3, "fixed_ranks": 2},
     "memory_tokens": {"rank": 3, "depth": 2, "heads": 2, "adapter_rank": 2},
 }
@@ -95,8 +95,9 @@ def make_generator(base: BaseModel, hypernet: str = "associative", **settings: o
     settings = {"layers": [1, 3], "rank": 6, "moment_directions": 4, "options": OPTIONS[hypernet], **settings}
     generator = Generator(base, GeneratorConfig(hypernet=hypernet, **settings), "tiny")
     generator.calibrate([TEXT, TEXT[::-1]])
-    for name, weight in generator.hypernet.named_parameters():  # leave the zero initialisation
-        if name.endswith((".learned.weight", "gate.weight", "to_copies.weight", "to_pointers.weight", "adapter_b")):
+    zero = (".learned.weight", "gate.weight", "salience.weight", "to_copies.weight", "to_pointers.weight", "adapter_b")
+    for name, weight in generator.hypernet.named_parameters():
+        if name.endswith(zero):  # at first
             torch.nn.init.normal_(weight, std=1.0 if "learned" in name else 0.1)
     return generator.eval()
 

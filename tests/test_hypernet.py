@@ -81,6 +81,28 @@ def test_long_documents_have_few_pointers_and_short_ones_lose_none(documents: li
         )
 
 
+def test_salience_weighs_tokens_equally_at_first_and_then_each_as_it_says(
+    base: BaseModel, documents: list[str]
+) -> None:
+    """In inputs and values of copies and pointers alike, so that the regression is a weighted one."""
+    plain = make_generator(base)
+    weighed = Generator(base, plain.config.changed(GeneratorConfig(options={"salience": True})))
+    weighed.load_state_dict(weighed.state_dict() | plain.state_dict())
+    hypernet = weighed.hypernet
+    assert isinstance(hypernet, Associative) and hypernet.salience
+    reading = plain.encoder.open([plain.encoder.tokenize(documents[0])])
+    before, same = (g.hypernet(reading, g.statistics) for g in (plain, weighed))
+    torch.nn.init.normal_(hypernet.salience.weight, std=0.3)
+    after = hypernet(reading, weighed.statistics)
+    features = reading.adapted(dict(zip([m.path for m in hypernet.fixed], before[2:], strict=True)))
+    counts = 2 * torch.sigmoid(hypernet.salience(hypernet._read(features)))
+    assert bool((counts.amax() / counts.amin()) > 1.2)
+    for was, still, now in zip(before[:2], same[:2], after[:2], strict=True):
+        for own, equal, other in zip(was, still, now, strict=True):
+            torch.testing.assert_close((equal.x, equal.values), (own.x, own.values))
+            torch.testing.assert_close((other.x, other.values), (own.x * counts, own.values * counts))
+
+
 def test_keys_are_those_of_the_inputs_until_they_are_moved(base: BaseModel, documents: list[str]) -> None:
     settings = GeneratorConfig(layers=[1, 3], rank=6, moment_directions=4, options=OPTIONS["associative"])
     generator = Generator(base, settings)
@@ -138,7 +160,8 @@ def test_latent_slots_are_as_many_for_any_length_and_answer_what_they_point_at(
     base: BaseModel, documents: list[str]
 ) -> None:
     """Their values lie among the document's words; without them the hybrid is an associative memory."""
-    hybrid, plain = make_generator(base, hypernet="hybrid"), make_generator(base)
+    hybrid = make_generator(base, hypernet="hybrid")
+    plain = make_generator(base, options=OPTIONS["associative"] | {"salience": True})
     assert isinstance(hybrid.hypernet, Hybrid)
     for value in hybrid.hypernet.value:
         torch.nn.init.zeros_(value.learned.weight)  # type: ignore[union-attr, arg-type]

@@ -36,6 +36,15 @@ def test_the_update_of_slots_is_the_ridge_solution() -> None:
             torch.testing.assert_close((b @ a).double(), slow(some), rtol=1e-3, atol=1e-4)
 
 
+def test_a_slot_that_is_larger_counts_for_more() -> None:
+    """Inputs and values times the root of two are as good as the same slot twice."""
+    some = slots(30, 2)
+    weight = torch.where(torch.arange(30) % 3 == 0, 2.0, 1.0).sqrt()[:, None]
+    twice = Slots(some.x[:, ::3], some.values[:, ::3], some.ridge)
+    a, b, _ = Slots(some.x * weight, some.values * weight, some.ridge).update(fitted())
+    torch.testing.assert_close((b @ a).double(), slow(joined(some, twice)), rtol=1e-3, atol=1e-4)
+
+
 def test_chunks_that_join_are_as_if_all_slots_had_been_there_at_once() -> None:
     """In their solution, at a small rank, and in the gradient of all of them; two groups stay apart."""
     towards = torch.randn(2, 16, 24)

@@ -15,6 +15,8 @@ from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import Overlap
 from hyperlora.engine import PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
+from hyperlora.generator import Generator
+from hyperlora.generator_config import GeneratorConfig
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.recipe import Beside, Recipe, read_recipe
 from hyperlora.training import Trainer, start
@@ -322,6 +324,32 @@ def test_start_from_continues_the_weights_of_a_generator(
     assert any(not torch.equal(p, q) for p, q in zip(before, second.generator.hypernet.parameters(), strict=True))
 
 
+def test_a_run_may_add_to_the_generator_that_it_starts_from_and_train_that_alone(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperlora.training.load_base", lambda _: make_base())
+    first = start(recipe, tmp_path / "first", "first").generator
+    first.save_pretrained(tmp_path / "g")
+    settings = recipe.model_dump(exclude={"generator"}) | {"start_from": str(tmp_path / "g"), "trained": ["salience"]}
+    more = Recipe.model_validate(settings | {"generator": {"rank": 5, "options": {"salience": True}}})
+    run = start(more, tmp_path / "second", "second")
+    options = recipe.generator.options | {"salience": True}
+    assert run.generator.config == recipe.generator.model_copy(update={"rank": 5, "options": options})
+    before = {name: tensor.clone() for name, tensor in run.generator.state_dict().items()}
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(before[name], tensor, rtol=1e-3, atol=1e-3)
+    run.train_step()
+    run.save()
+    again = start(more, tmp_path / "second", "second")
+    moved = {name for name, tensor in again.generator.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"hypernet.salience.weight", "hypernet.salience.bias"}
+    assert again.train_step() == run.train_step()
+    with pytest.raises(InputError, match="does not fit"):
+        Generator.from_pretrained(tmp_path / "g", first.base, GeneratorConfig(options={"pointers": 0}))
+    with pytest.raises(InputError, match="named 'saliense'; did you mean 'salience'"):
+        start(more.model_copy(update={"trained": ["saliense"]}), tmp_path / "third", "third")
+
+
 def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     recipe.evaluation.qa = [str(tmp_path / "qa.jsonl")]
     with pytest.raises(Overlap, match="also stand in the training data"):
@@ -339,7 +367,7 @@ def test_training_on_the_test_documents_is_refused(recipe: Recipe, tmp_path: Pat
         ("mix: [{task: facts, facts: [8, 2]}]", "must not exceed"),
         ("generator: {layers: []}", "generator.layers"),
         ("mix: []", "mix"),
-        ("start_from: a/b\ngenerator: {rank: 8}", "leave out the key 'generator'"),
+        ("trained: ['']", "trained.0"),
         ("documents: 1\nbeside: {}", "two or more documents to a step"),
         ("[1, 2]", "not a recipe"),
         ("steps: [", "not valid YAML"),

@@ -43,6 +43,10 @@ class Associative(Hypernet):
     base reads a document and part of every patch: it learns to have a place of the document and the place where a reply
     needs it say in the same way which fact is meant. Names are hardly told apart without it (docs/research.md).
 
+    Inputs have d_in dimensions, so where a document has many more tokens the regression can answer few of them. With
+    `salience` both its inputs and its values are multiplied by 2 sigmoid(u z_t): it becomes a weighted one, which minds
+    the tokens that are likely to be asked for.
+
     Args:
         shape: each site writes into the residual stream (d_out = `d_model`).
         width, depth, heads: of the transformer behind z.
@@ -53,6 +57,7 @@ class Associative(Hypernet):
         moves: width of the network behind d and d'; 0 for none.
         ridge: initial ridge of the keys, in units of E[x^T C^-1 x] = d_in; learned per site.
         adapter_rank: of the adapter; 0 for none.
+        salience: let tokens count for more and for less, equally at first.
     """
 
     name = "associative"
@@ -72,6 +77,7 @@ class Associative(Hypernet):
         moves: int = 128,
         ridge: float = 0.3,
         adapter_rank: int = 4,
+        salience: bool = False,
     ):
         super().__init__()
         self.check(shape, width, heads, moves=(moves, 0), adapter_rank=(adapter_rank, 0))
@@ -86,6 +92,10 @@ class Associative(Hypernet):
         self.point = nn.ModuleList(Value(width, d_model, pointer_scale, 0.2, reach) for _ in sites if pointers)
         self.aim = nn.ModuleList(nn.Linear(width, site.d_in) for site in sites if pointers)
         self.move = nn.ModuleList(_Move(width, moves, site.d_in, bool(pointers)) for site in sites if moves)
+        self.salience = nn.Linear(width, 1) if salience else None
+        if self.salience:
+            nn.init.zeros_(self.salience.weight)
+            nn.init.zeros_(self.salience.bias)
         self.log_ridge = nn.Parameter(torch.full((len(sites), 2), math.log(ridge)))
         self.fixed_rank = adapter_rank
         if adapter_rank:
@@ -106,23 +116,25 @@ class Associative(Hypernet):
     def slots(self, index: int, x: Tensor, z: Tensor, features: Features, stat: SiteStatistics) -> list[Slots]:
         """Groups of slots of one site, which compete within their group; x (documents, tokens, d_in) its inputs and z
         (documents, tokens, width)."""
-        mask = features.mask[..., None]
+        counts = features.mask[..., None].float()
+        if self.salience:
+            counts = counts * 2 * torch.sigmoid(self.salience(z))
         ridge, spread = self.log_ridge[index].exp(), stat.moment.spread()
         move: Any = self.move[index] if len(self.move) else None
         if move:
             hidden = move(x, z, spread)
             x = x + move.to_copies(hidden, spread)
         size = stat.residual_norm / stat.gain
-        slots = [Slots(x * mask, self.copy[index](z, features.following) * mask * size, ridge[0])]
+        slots = [Slots(x * counts, self.copy[index](z, features.following) * counts * size, ridge[0])]
         if len(self.aim):
             point = self.point[index]
             assert isinstance(point, Value)
-            tokens = strongest(point.strength(z), features.mask, self.pointers)
-            at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, mask))
+            tokens = strongest(point.strength(z) * counts, features.mask, self.pointers)
+            at, words, kept = (t.take_along_dim(tokens, dim=1) for t in (z, features.words, counts))
             x = self.aim[index](at)
             if move:
                 x = x + move.to_pointers(hidden.take_along_dim(tokens, dim=1), spread)
-            slots.append(Slots(typical(x * kept, stat.moment), point(at, words) * kept * size, ridge[1]))
+            slots.append(Slots(typical(x * (kept > 0), stat.moment) * kept, point(at, words) * kept * size, ridge[1]))
         return slots
 
     def factors(self, written: Sequence[Written], statistics: Sequence[SiteStatistics], rank: int) -> list[Pair]:
