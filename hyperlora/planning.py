@@ -30,6 +30,7 @@ from hyperlora.generator import Generator
 from hyperlora.generator_files import stored_config
 from hyperlora.groups import BATCH_TOKENS
 from hyperlora.inject import Factors, inject
+from hyperlora.learning_rates import rated_groups
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
@@ -66,7 +67,8 @@ class MicroBatch:
     Attributes:
         hypernet: its architecture.
         base: the frozen weights.
-        generator: weights of the trained module in float32; `calibration`, what it measured of the base.
+        generator: weights of the hypernetwork in float32, `trained` those of them that learn; `calibration`, what it
+            measured of the base.
         working: the most that lives besides the weights and their gradients, of the worst task.
     """
 
@@ -74,6 +76,7 @@ class MicroBatch:
     hypernet: str
     base: int
     generator: int
+    trained: int
     calibration: int
     working: int
     flops: float
@@ -124,7 +127,8 @@ def plan(
 
     Raises:
         BaseNotFound: there is no config of that base.
-        UnsupportedBase, InputError: no generator can be made for it, or there is none to start from.
+        UnsupportedBase, InputError: no generator can be made for it, there is none to start from, or none of its
+            parameters has a name that the recipe trains.
     """
     config = _config(base or recipe.base or DEFAULT_BASE, trust_remote_code)
     chosen = stored_config(recipe.start_from, recipe.generator)
@@ -135,10 +139,12 @@ def plan(
         if recipe.checkpointing:
             generator.through = partial(checkpointed, generator.hypernet, use_reentrant=False)
             checkpoint_layers(model.model)
-        for parameter in generator.hypernet.parameters():
+        rated_groups(generator.hypernet, recipe)
+        trained = [parameter for parameter in generator.hypernet.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         held = [*model.model.parameters(), *model.model.buffers(), *generator.parameters(), *generator.buffers()]
-        held += [p.grad for p in generator.hypernet.parameters() if p.grad is not None]
+        held += [parameter.grad for parameter in trained if parameter.grad is not None]
         peak, operations = 0, 0.0
         for load in loads:
             with LiveBytes(held) as live, flop_counter() as counter:
@@ -150,6 +156,7 @@ def plan(
         chosen.hypernet,
         _bytes(model.model.parameters()) + _bytes(model.model.buffers()),
         _bytes(generator.hypernet.parameters()),
+        _bytes(trained),
         _bytes(generator.statistics.buffers()),
         peak,
         operations,
@@ -164,18 +171,18 @@ def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = BU
     ds_configs/zero2.json has it) and weights are gathered in; they and a step of the optimizer do not come at the same
     time as the activations' peak, but allocators keep them.
     """
-    numbers = step.generator
-    share, summed = numbers // processes, min(numbers, FLOAT * bucket)
+    weights, learned = step.generator, step.trained
+    share, summed = learned // processes, min(learned, FLOAT * bucket)
     if stage is None:
-        weights, gradients, optimizer = numbers, numbers, 2 * numbers
-        buffers = numbers if processes > 1 else 0
+        gradients, optimizer = learned, 2 * learned
+        buffers = learned if processes > 1 else 0
     elif stage == 1:
-        weights, gradients, optimizer, buffers = numbers, numbers, 3 * share, summed
+        gradients, optimizer, buffers = learned, 3 * share, summed
     elif stage == 2:  # while one buffer is sent, another is filled
-        weights, gradients, optimizer, buffers = numbers, share, 3 * share, 2 * summed
+        gradients, optimizer, buffers = share, 3 * share, 2 * summed
     else:
-        gathered = min(numbers, FLOAT * _PREFETCH) + summed
-        weights, gradients, optimizer, buffers = share, share, 3 * share, gathered
+        buffers = min(weights, FLOAT * _PREFETCH) + summed
+        weights, gradients, optimizer = weights // processes, share, 3 * share
     fixed = step.base + step.calibration + weights + gradients + optimizer
     return Memory(stage, weights, gradients, optimizer, buffers, fixed + buffers + step.working)
 

@@ -48,7 +48,7 @@ class ZeroEngine(Engine):
         stage = settings["zero_optimization"]["stage"]
         self.layout = {"engine": "deepspeed", "stage": stage, "processes": ranks.count()}
         self.tag = _SHARDS if resumed is None else self._tag(resumed)
-        numbers = sum(parameter.numel() for parameter in module.parameters())
+        numbers = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         # Gradients are summed in a buffer of this size, all of which is allocated: by default 2 GB or more.
         sharding = {"reduce_bucket_size": min(BUCKET, numbers)} | settings["zero_optimization"]
         settings = settings | {"zero_optimization": sharding}

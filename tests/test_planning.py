@@ -10,7 +10,9 @@ import torch
 import yaml
 
 from hyperlora import planning
+from hyperlora.base_model import BaseModel
 from hyperlora.flop_counter import flop_counter
+from hyperlora.generator import Generator
 from hyperlora.groups import BATCH_TOKENS
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.live_bytes import LiveBytes
@@ -127,7 +129,24 @@ def test_a_run_that_starts_from_a_generator_is_planned_with_it(
     planned = json.loads(out)
     perceiver = make_generator(make_base(), "perceiver").hypernet
     assert code == 0 and planned["hypernet"] == "perceiver", err
-    assert planned["generator"] == 4 * sum(p.numel() for p in perceiver.parameters())
+    assert planned["generator"] == planned["trained"] == 4 * sum(p.numel() for p in perceiver.parameters())
+
+
+def test_what_is_frozen_has_no_gradient(recipe: Recipe, base: BaseModel, tiny_dirs: tuple[str, str]) -> None:
+    loads = planning.read_loads(recipe, 16, 8)
+    whole = planning.plan(recipe, tiny_dirs[0], 1, loads, torch.float32)
+    recipe.trained = ["log_ridge", "aim"]
+    some = planning.plan(recipe, tiny_dirs[0], 1, loads, torch.float32)
+    hypernet = Generator(base, recipe.generator).hypernet
+    assert some.trained == 4 * sum(
+        p.numel() for name, p in hypernet.named_parameters() if name.startswith(tuple(recipe.trained))
+    )
+    assert some.generator == whole.generator == whole.trained
+    for stage in (None, 1, 2, 3):
+        less, more = planning.memory(some, stage, 2), planning.memory(whole, stage, 2)
+        assert less.weights == more.weights
+        assert less.gradients / more.gradients == pytest.approx(some.trained / whole.trained, rel=1e-3)
+        assert less.optimizer / more.optimizer == pytest.approx(some.trained / whole.trained, rel=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples/bases").glob("*.json")), ids=lambda path: path.stem)
@@ -157,7 +176,9 @@ def test_bases_without_fused_attention_are_planned_or_refused(
 
 
 def test_stages_share_out_what_they_say() -> None:
-    step = planning.MicroBatch(8, "associative", base=1000, generator=400, calibration=10, working=500, flops=1.0)
+    step = planning.MicroBatch(
+        8, "associative", base=1000, generator=400, trained=400, calibration=10, working=500, flops=1.0
+    )
     plain, one, two, three = (planning.memory(step, stage, 4, bucket=5) for stage in (None, 1, 2, 3))
     assert plain.total == 1000 + 10 + 400 * 4 + 500 + 400  # gradients are summed in a copy
     assert planning.memory(step, None, 1).total == 1000 + 10 + 400 * 4 + 500
