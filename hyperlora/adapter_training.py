@@ -6,6 +6,7 @@ documents.
 """
 
 import json
+import math
 import random
 import zlib
 from collections.abc import Sequence
@@ -72,8 +73,11 @@ def train_adapter(
         to sweep.json.
 
     Raises:
-        InputError: the recipe asks no questions about documents, or the folder holds another recipe's run.
+        InputError: a rate that is not positive, the recipe asks no questions about documents, or the folder holds
+            another recipe's run.
     """
+    if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
+        raise InputError(f"--rates: {wrong[0]:g} is no learning rate; give positive numbers")
     found = {rate: _swept(recipe, base, rate, folder / f"rate-{rate:g}", sweep_steps) for rate in rates}
     best = min(found, key=lambda rate: found[rate])
     adapter = _train(recipe, base, best, folder / f"rate-{best:g}")
@@ -86,11 +90,11 @@ def train_adapter(
 
 def _swept(recipe: Recipe, base: BaseModel, rate: float, folder: Path, steps: int | None) -> float:
     """Validation loss at the end of the sweep; written down, because the best run goes on beyond it."""
-    path = folder / "sweep.json"
-    if path.exists() and (kept := json.loads(path.read_text()))["steps"] == steps:
+    path, until = folder / "sweep.json", min(steps or recipe.steps, recipe.steps)
+    if path.exists() and (kept := json.loads(path.read_text()))["steps"] == until:
         return float(kept["loss"])
-    loss = validation_loss(recipe, base, _train(recipe, base, rate, folder, steps))
-    write_text(path, json.dumps({"steps": steps, "loss": loss}) + "\n")
+    loss = validation_loss(recipe, base, _train(recipe, base, rate, folder, until))
+    write_text(path, json.dumps({"steps": until, "loss": loss}) + "\n")
     return loss
 
 

@@ -81,6 +81,8 @@ class Generator(nn.Module):
             InputError: a document of fewer than two tokens, or the hypernetwork gave non-finite values.
         """
         texts = [documents] if isinstance(documents, str) else list(documents)
+        if not texts:
+            return []
         ids = [self.encoder.tokenize(text) for text in texts]
         with _finite():
             factors = self.factors(ids, clock)
@@ -297,13 +299,12 @@ class Generator(nn.Module):
         """
         stored = StoredGenerator.find(name)
         base = base or load_base(stored.wanted.base, **options)
-        config = stored.config.changed(changes) if changes else stored.config
+        config = stored.config.changed(changes or GeneratorConfig())
         check_base(stored.wanted, base.fingerprint, base.name)
         sites = sites_of(base, config)
         if stored.sites != [site.to_dict() for site in sites]:
-            raise InputError(
-                f"{stored.folder} was trained on other modules of {base.name} than are found now; train it again"
-            )
+            other = "it shall have now" if sites_of(base, stored.config) != sites else "are found now; train it again"
+            raise InputError(f"{stored.folder} was trained on other modules of {base.name} than {other}")
         with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
             statistics, hypernet = _modules(base, config, sites)
         tensors = stored.tensors(
@@ -312,7 +313,7 @@ class Generator(nn.Module):
                 for part, module in (("statistics", statistics), ("hypernet", hypernet))
                 for key, tensor in module.state_dict().items()
             },
-            all_of_them=changes is None,
+            changed=config != stored.config,
         )
         generator = cls(base, config, stored.name)
         generator.load_state_dict(generator.state_dict() | tensors)

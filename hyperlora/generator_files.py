@@ -52,9 +52,9 @@ class StoredGenerator(NamedTuple):
         except (OSError, SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} holds no usable generator ({str(error).splitlines()[0]})") from error
 
-    def tensors(self, expected: Mapping[str, tuple[int, ...]], all_of_them: bool = True) -> dict[str, Tensor]:
-        """The weights, which must have the `expected` names and shapes, of which some may be missing unless
-        `all_of_them` must be there; a file that does not is not read.
+    def tensors(self, expected: Mapping[str, tuple[int, ...]], changed: bool = False) -> dict[str, Tensor]:
+        """The weights, which must have the `expected` names and shapes; a file that does not is not read. Where the
+        settings are `changed` from the generator's own, parts of the hypernetwork may be missing.
 
         Raises:
             InputError: other names or shapes, or values that are not finite.
@@ -63,9 +63,11 @@ class StoredGenerator(NamedTuple):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            named = expected.keys() | shapes.keys() if all_of_them else shapes.keys()
+            added = {name for name in expected.keys() - shapes.keys() if changed and name.startswith("hypernet.")}
+            named = (expected.keys() | shapes.keys()) - added
             if wrong := sorted(name for name in named if expected.get(name) != shapes.get(name)):
-                raise InputError(f"{path} does not fit its config.json: {len(wrong)} tensors, first {wrong[0]}")
+                what = "the changed settings of the generator" if changed else "its config.json"
+                raise InputError(f"{path} does not fit {what}: {len(wrong)} tensors, first {wrong[0]}")
             tensors = {name: file.get_tensor(name) for name in names}
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:

@@ -34,6 +34,7 @@ from hyperlora.learning_rates import rated_groups
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.live_bytes import LiveBytes
 from hyperlora.recipe import FactsTask, MadeTask, QATask, Recipe, TextTask
+from hyperlora.structure import UnsupportedBase
 from hyperlora.student import BEFORE, RECALLED, UNSCORED
 from hyperlora.zero import BUCKET
 
@@ -258,7 +259,10 @@ def _bare(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> BaseModel
     try:
         model = build(attn_implementation="sdpa")
     except ValueError:  # an architecture that has none
-        model = build(attn_implementation="eager")
+        try:
+            model = build(attn_implementation="eager")
+        except ValueError as error:
+            raise UnsupportedBase(f"{config.model_type} is no causal language model") from error
     tokenizer = Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>"))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
     return BaseModel("planned", model, fast)

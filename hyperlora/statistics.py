@@ -27,6 +27,7 @@ class SecondMoment(nn.Module):
 
     def __init__(self, d_in: int, directions: int):
         super().__init__()
+        directions = min(directions, d_in)
         self.register_buffer("diagonal", torch.ones(d_in))
         self.register_buffer("basis", torch.zeros(d_in, directions))
         self.register_buffer("weight", torch.zeros(directions))

@@ -235,6 +235,7 @@ class Trainer:
             "layout": self.engine.layout,
             "sites": [site.path for site in self.generator.sites],
             "fingerprint": vars(self.base.fingerprint),
+            "generator": self.generator.config.model_dump(mode="json"),
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
@@ -266,6 +267,8 @@ class Trainer:
         changed = [key for key in now if now[key] != then[key] and key not in free]
         if math.prod(now[key] for key in _SPLIT) == math.prod(then[key] for key in _SPLIT):
             changed = [key for key in changed if key not in _SPLIT]
+        if position.get("generator", own := self.generator.config.model_dump(mode="json")) != own:
+            changed.append("generator")
         if changed:
             raise InputError(
                 f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"

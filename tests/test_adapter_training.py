@@ -63,6 +63,9 @@ def test_the_best_of_several_rates_is_kept(asking: Recipe, base: BaseModel, tmp_
     losses = train_adapter(asking, base, [1e-6, 1e-2], tmp_path / "run")
     assert losses["0.01"] < 0.9 * untrained < losses["1e-06"]
     assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == losses
+    asking.steps = 28  # both rates go on, not the best alone
+    longer = train_adapter(asking, base, [1e-6, 1e-2], tmp_path / "run")
+    assert longer["1e-06"] != losses["1e-06"] and longer["0.01"] != losses["0.01"]
     kind = METHODS["adapted_full"]
     method = kind(base, kind.Settings(path=str(tmp_path / "run" / "adapter")))
     runtime = Runtime(base)
@@ -162,6 +165,8 @@ def test_bad_runs_are_refused(asking: Recipe, recipe: Recipe, base: BaseModel, t
         train_adapter(asking.model_copy(update={"documents": 3}), base, [1e-3], tmp_path / "run")
     assert adapters(tmp_path / "run") == before
     facts = recipe.model_copy(update={"mix": recipe.mix[:1], "steps": 1})
+    with pytest.raises(InputError, match="-1 is no learning rate"):
+        train_adapter(asking, base, [1e-3, -1], tmp_path / "other")
     with pytest.raises(InputError, match="add a qa task"):
         train_adapter(facts, base, [1e-3], tmp_path / "other")
 

@@ -188,6 +188,8 @@ def test_ask_minds_the_window_and_sums_of_many(generate: Run, run: Run, document
     assert code == 3 and "long.txt: " in one_line(err) and "beyond the model's window" in one_line(err)
     code, _, err = run(*asked[:-1], 10**20)
     assert code == 3 and "the question: " in one_line(err)
+    code, _, err = run("ask", tmp_path / "p", "-q", "Wer ist M\udcf6ller?")
+    assert code == 3 and "not valid UTF-8" in one_line(err)
     code, _, err = run("ask", *[tmp_path / "p"] * 2, *asked[2:])
     assert code == 0 and "warning" not in err, err
     code, _, err = run("ask", *[tmp_path / "p"] * 3, *asked[2:])

@@ -50,6 +50,10 @@ def test_folder_of_files(generate: Run, tmp_path: Path) -> None:
     (tmp_path / "docs" / "Käse notes.txt").write_text(TEXT)
     assert generate(tmp_path / "docs", "-o", tmp_path / "out")[0] == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a", "sub--b", "Käse_notes", "manifest.json"}
+    for inside in ("docs", "docs/sub/patches"):  # where the next call would take patches for documents
+        code, _, err = generate(tmp_path / "docs", "-o", tmp_path / inside)
+        assert code == 3 and "choose an output outside of it" in one_line(err)
+    assert not (tmp_path / "docs" / "sub" / "patches").exists()
 
 
 def test_files_of_like_names_are_told_apart(generate: Run, tmp_path: Path) -> None:

@@ -137,6 +137,10 @@ def test_evaluate_on_files(run: Run, recipe: Recipe, tmp_path: Path, tiny_dirs: 
     assert code == 0 and {"none", "full", "patch", "swapped"} <= set(json.loads(out)["scores"]), err
     code, _, err = run(*arguments, "--qa", tmp_path / "none.jsonl")
     assert code == 3 and "no data file" in one_line(err)
+    code, out, err = run(*arguments, "--facts", "1", "--items", "2", "--conditions", "patch,patch")
+    assert code == 0 and set(json.loads(out)["scores"]) == {"patch"}, err
+    code, _, err = run(*arguments, "--needles", "")
+    assert code == 3 and "'' is no number of tokens" in one_line(err)
     code, _, err = run(*arguments, "--needles", "200,many")
     assert code == 3 and "'many' is no number of tokens" in one_line(err)
     code, _, err = run(*arguments, "--needles", "200,300", "--items", "25")

@@ -159,3 +159,6 @@ def test_second_copy_scores_the_same_tokens_with_a_first_one_or_a_patch(base: Ba
     assert "share of the drop" in table(result)
     with pytest.raises(InputError, match="two are needed"):
         evaluate_second_copy(generator, str(path), 12)
+    path.write_text("\n".join(json.dumps({"text": TEXT * times}) for times in (1, 40)))
+    with pytest.raises(InputError, match=r"the base's window is .*; lower --max-tokens"):
+        evaluate_second_copy(generator, str(path), 100_000)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.generator import Generator
+from hyperlora.generator_config import GeneratorConfig
 from hyperlora.generator_files import CONFIG, WEIGHTS
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.hypernet.slots import Slots
@@ -233,6 +234,14 @@ def test_damaged_generators_are_refused(generator: Generator, tmp_path: Path) ->
     save_file({**tensors, name: torch.zeros(3)}, folder / WEIGHTS)
     with pytest.raises(InputError, match="does not fit"):
         Generator.from_pretrained(folder, generator.base)
+    for lost, changes in ((name, GeneratorConfig()), ("statistics.0.gain", GeneratorConfig(rank=3))):
+        save_file({kept: tensor for kept, tensor in tensors.items() if kept != lost}, folder / WEIGHTS)
+        with pytest.raises(InputError, match="does not fit"):
+            Generator.from_pretrained(folder, generator.base, changes)
+    (folder / WEIGHTS).write_bytes(whole)
+    with pytest.raises(InputError, match=r"other modules of .* than it shall have now"):
+        Generator.from_pretrained(folder, generator.base, GeneratorConfig(layers=[2, 3]))
+    assert Generator.from_pretrained(folder, generator.base, GeneratorConfig(rank=3)).config.rank == 3
     (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="no usable generator"):
         Generator.from_pretrained(folder, generator.base)
@@ -249,6 +258,10 @@ def test_damaged_generators_are_refused(generator: Generator, tmp_path: Path) ->
     (folder / CONFIG).write_text(json.dumps(record))
     with pytest.raises(InputError, match="no usable generator"):
         Generator.from_pretrained(folder, generator.base)
+
+
+def test_no_documents_are_no_patches(generator: Generator) -> None:
+    assert generator.generate([]) == []
 
 
 def test_non_finite_patches_are_not_handed_out(generator: Generator, documents: list[str]) -> None:

@@ -268,6 +268,21 @@ def test_options_the_perceiver_cannot_use(options: dict[str, float], d_out: int,
         Perceiver(Shape([Site("layers.1.up_proj", 1, 48, d_out)], [], [], 32), **{**OPTIONS["perceiver"], **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "width .0. must be at least 1"),
+        ({"heads": 0}, "heads .0. must be at least 1"),
+        ({"pointers": -1}, "pointers .-1. must be at least 0"),
+        ({"ridge": 0.0}, "ridge .0.0. must be positive"),
+        ({"reach": 1.0}, "reach .1.0. must be greater than 1"),
+    ],
+)
+def test_options_the_associative_memory_cannot_use(base: BaseModel, options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_generator(base, options={**OPTIONS["associative"], **options})
+
+
 def test_memory_tokens_are_as_many_as_the_numbers_of_a_layer(base: BaseModel, documents: list[str]) -> None:
     """Behind every layer they hold A and B of its sites; a layer with two sites sets their number."""
     modules = ["mlp.down_proj", "self_attn.o_proj"]

@@ -161,8 +161,9 @@ def test_the_example_bases_can_be_planned(run: Run, path: Path) -> None:
     [
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 100}, "recurrent"),
         ({"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 4, "vocab_size": 100}, None),
+        ({"model_type": "t5", "d_model": 64, "num_layers": 4}, "t5 is no causal language model"),
     ],
-    ids=["mamba", "mpt"],
+    ids=["mamba", "mpt", "t5"],
 )
 def test_bases_without_fused_attention_are_planned_or_refused(
     run: Run, recipe_file: Path, tmp_path: Path, fields: dict[str, Any], message: str | None
@@ -203,6 +204,8 @@ def test_plan_prints_a_table_or_json(run: Run, recipe_file: Path) -> None:
     one, three = map(json.loads, out.splitlines())
     assert three["step_flops"] == pytest.approx(3 * one["step_flops"], rel=0.1)
     assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"] and set(one["memory"]) == {"none", "1", "2", "3"}
+    code, out, err = run("plan", recipe_file, "--documents", "1", "--device", "cpu", "--json")
+    assert code == 0 and json.loads(out)["base"] == one["base"], err  # in float32
     code, out, _ = run("plan", recipe_file, "--documents", "1", "--gpu-memory", "0.0001")
     assert code == 0 and "*" in out and "the base alone does not fit" in out
 
@@ -225,6 +228,7 @@ def test_a_base_may_be_nothing_but_a_config(run: Run, recipe_file: Path, tmp_pat
         (["--gpus", "7"], "7 GPUs cannot share out"),
         (["--base", "nowhere.json"], "no config of a base model at nowhere.json"),
         (["--dtype", "float7"], "unknown dtype"),
+        (["--device", "tpu"], "plans are for cuda or cpu"),
     ],
 )
 def test_plans_that_cannot_be_made(run: Run, recipe_file: Path, arguments: list[str], message: str) -> None:

@@ -23,7 +23,7 @@ def test_all_directions_give_back_the_moment_and_none_its_diagonal() -> None:
     torch.manual_seed(0)
     x = torch.randn(100, 8)
     full = x.T @ x / 100
-    for directions, expected in ((8, full), (0, torch.diag(full.diagonal()))):
+    for directions, expected in ((8, full), (12, full), (0, torch.diag(full.diagonal()))):
         moment = SecondMoment(8, directions)
         moment.fit(full, ridge=1e-6)
         torch.testing.assert_close(moment.dense(), expected, atol=1e-4, rtol=1e-4)

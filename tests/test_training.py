@@ -344,6 +344,9 @@ def test_a_run_may_add_to_the_generator_that_it_starts_from_and_train_that_alone
     moved = {name for name, tensor in again.generator.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"hypernet.salience.weight", "hypernet.salience.bias"}
     assert again.train_step() == run.train_step()
+    other = more.model_copy(update={"generator": GeneratorConfig(rank=6, options={"salience": True})})
+    with pytest.raises(InputError, match="generator differ"):
+        start(other, tmp_path / "second", "second")
     with pytest.raises(InputError, match="does not fit"):
         Generator.from_pretrained(tmp_path / "g", first.base, GeneratorConfig(options={"pointers": 0}))
     with pytest.raises(InputError, match="named 'saliense'; did you mean 'salience'"):

@@ -9,7 +9,7 @@ import typer
 
 from hyperlora.cli import loading, options
 from hyperlora.errors import InputError
-from hyperlora.reading import read_document
+from hyperlora.reading import half_character, read_document
 
 _ADDED = 2  # patches whose sum still answers (docs/results.md)
 
@@ -36,6 +36,8 @@ def ask(
 
     if document is not None and not compare:
         raise InputError("--document is shown beside the patch: add --compare")
+    if any(map(half_character, questions)):
+        raise InputError("a question is not valid UTF-8; set the terminal's locale to one, such as C.UTF-8")
     text = read_document(document) if document is not None else None
     if len(patches) > _ADDED:
         print(

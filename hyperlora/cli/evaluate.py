@@ -25,7 +25,9 @@ def evaluate(
     second_copy: Annotated[
         str | None, typer.Option(help="Source whose documents are read with their own patch.")
     ] = None,
-    items: Annotated[int | None, typer.Option(min=2, help="Documents; default 500, or all of a source.")] = None,
+    items: Annotated[
+        int | None, typer.Option(min=2, help="Documents; default 500, 32 of --forgetting, or all of a source.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=8, help="Longest document of --qa and --second-copy; default 200.")
     ] = None,
@@ -49,7 +51,7 @@ def evaluate(
         raise InputError(
             "choose one of --facts N, --qa SOURCE, --needles TOKENS, --forgetting SOURCE, --second-copy SOURCE"
         )
-    lengths = [_tokens(length) for length in needles.split(",")] if needles else []
+    lengths = [_tokens(length) for length in needles.split(",")] if needles is not None else []
     for name, given, fits in (
         ("--new-attributes", new_attributes, facts),
         ("--in-prompt", in_prompt, forgetting),
@@ -76,7 +78,8 @@ def evaluate(
             name, asked = f"{qa}, up to {max_tokens} tokens", qa_items(qa, loaded.base, max_tokens, items)
         else:
             name, asked = f"needles in {needles} tokens", needle_items(loaded.base, lengths, items)
-        result = evaluate_answers(loaded, name, asked, (conditions or "none,full,patch,swapped").split(","))
+        chosen = dict.fromkeys((conditions or "none,full,patch,swapped").split(","))
+        result = evaluate_answers(loaded, name, asked, list(chosen))
     print(json.dumps(result) if as_json else table(result))
     if output is not None:
         write_text(output, json.dumps(result, indent=1) + "\n")

@@ -47,6 +47,9 @@ def generate(
     """
     from hyperlora import ranks
 
+    inside = [name for name in inputs if Path(name).is_dir() and output.resolve().is_relative_to(Path(name).resolve())]
+    if inside:
+        raise InputError(f"{output} lies in {inside[0]}, whose files are the documents; choose an output outside of it")
     lone = lone_document(inputs)
     if lone and pattern:
         raise InputError("--glob chooses among the files of a folder; no folder was given")

@@ -28,7 +28,10 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(min=0, help="Sustained by one GPU; adds the seconds of a step.")
     ] = None,
-    dtype: options.Dtype = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda, or cpu, which reads fewer documents at once.")] = "cuda",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the base; default bfloat16, on a CPU float32, as `train` has it.")
+    ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -54,10 +57,13 @@ def plan(
     except (ValueError, AssertionError):
         raise InputError(f"--documents {documents!r}: give numbers with commas, such as 1,2,4") from None
     loads = planning.read_loads(checked, prompt_tokens, reply_tokens)
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"unknown device {device!r}; plans are for cuda or cpu")
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     kind = loading.base_options(None, dtype, None, False)["dtype"]
     rows = []
     for count in tqdm(counts, unit="plan", disable=None, leave=False):
-        step = planning.plan(checked, base, count, loads, kind, "cuda", trust_remote_code)
+        step = planning.plan(checked, base, count, loads, kind, device, trust_remote_code)
         memories = {stage: planning.memory(step, stage, gpus) for stage in STAGES}
         flops = step.flops * checked.micro_batches / gpus
         rows.append((step, memories, flops))

@@ -59,7 +59,11 @@ def load(name: str) -> list[Item]:
     if name in SOURCES:
         source = SOURCES[name]
         if folder := os.environ.get("HYPERLORA_DATA"):
-            return list(_read(Path(folder) / source.file, source.item))
+            if not (path := Path(folder) / source.file).is_file():
+                raise InputError(
+                    f"no data file {path} for {name}; put it there, or unset HYPERLORA_DATA to use the hub"
+                )
+            return list(_read(path, source.item))
         return list(_from_hub(name, source))
     if name.removesuffix(".gz").endswith((".jsonl", ".txt")):
         return list(_read(Path(name), item_of))
@@ -73,7 +77,7 @@ def load_texts(name: str) -> list[Item]:
 
 def _read(path: Path, make: Callable[[dict[str, Any], str], Item | None]) -> Iterator[Item]:
     if not path.is_file():
-        raise InputError(f"no data file {path}; set HYPERLORA_DATA to the folder that holds it")
+        raise InputError(f"no data file {path}; give one that there is, or the name of a source")
     if path.name.removesuffix(".gz").endswith(".txt"):
         yield from _articles("".join(read_lines(path)), path.name)
         return
@@ -114,7 +118,7 @@ def _from_hub(name: str, source: Source) -> Iterator[Item]:
         raise InputError("reading data from the hub needs the extra: pip install 'hyperlora[eval]'") from error
     try:
         rows = load_dataset(source.hub, source.subset, split=source.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"cannot load {source.hub} from the hub; set HYPERLORA_DATA to a folder with {source.file}"
         ) from error

@@ -23,6 +23,7 @@ from hyperlora.groups import partnered
 from hyperlora.inject import inject
 from hyperlora.objectives import Batch, Row, collate, label_logits
 from hyperlora.prompt import encode
+from hyperlora.structure import context_window
 
 _BATCH = 16
 
@@ -139,6 +140,11 @@ def evaluate_second_copy(
     texts = [ids for ids in texts if len(ids) <= max_tokens][:count]
     if len(texts) < 2:
         raise InputError(f"{source} has {len(texts)} document(s) of at most {max_tokens} tokens; two are needed")
+    longest, window = len(sink) + 2 * max(map(len, texts)), context_window(base.model)
+    if longest > window:
+        raise InputError(
+            f"two copies of a document are {longest} tokens, the base's window is {window}; lower --max-tokens"
+        )
     losses: dict[str, list[float]] = {"none": [], "full": [], "patch": [], "swapped": []}
     for group in tqdm(partnered(texts, _BATCH), unit="batch", desc="second copy"):
         once = collate([Row(i, sink + ids, len(sink) + 1) for i, ids in enumerate(group)], base.device)

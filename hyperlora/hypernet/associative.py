@@ -80,7 +80,10 @@ class Associative(Hypernet):
         salience: bool = False,
     ):
         super().__init__()
-        self.check(shape, width, heads, moves=(moves, 0), adapter_rank=(adapter_rank, 0))
+        none = {"depth": depth, "pointers": pointers, "moves": moves, "adapter_rank": adapter_rank}
+        self.check(shape, width, heads, **{name: (value, 0) for name, value in none.items()})
+        if ridge <= 0:
+            raise self.refuse(f"ridge ({ridge}) must be positive")
         if reach <= 1:
             raise self.refuse(f"reach ({reach}) must be greater than 1")
         sites, d_model = shape.sites, shape.d_model

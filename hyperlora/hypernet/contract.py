@@ -119,8 +119,8 @@ class Hypernet(nn.Module, ABC):
         wrong = [site.path for site in shape.sites if site.d_out != shape.d_model]
         if wrong:
             raise InputError(f"the generator {cls.name} writes to the residual stream; {wrong[0]} does not")
-        if width % heads:
-            raise cls.refuse(f"heads ({heads}) must divide width ({width})")
-        for name, (value, lowest) in least.items():
+        for name, (value, lowest) in (least | {"width": (width, 1), "heads": (heads, 1)}).items():
             if value < lowest:
                 raise cls.refuse(f"{name} ({value}) must be at least {lowest}")
+        if width % heads:
+            raise cls.refuse(f"heads ({heads}) must divide width ({width})")

@@ -64,8 +64,8 @@ class Distillation(Method):
         """
 
         rank: int = Field(512, gt=1)
-        layers: list[int] | None = None
-        modules: list[str] | None = None
+        layers: list[int] | None = Field(None, min_length=1)
+        modules: list[str] | None = Field(None, min_length=1)
         conversations: int = Field(320, ge=16)
         reply_tokens: int = Field(32, gt=1)
         ridge: float | None = Field(0.04, gt=0)
