@@ -2,9 +2,11 @@
 
 import itertools
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import cache
 from typing import NamedTuple
 
+from hyperlora import ranks
 from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item
 from hyperlora.data.mix import DocumentStream, Mix, window
@@ -31,14 +33,15 @@ class Position(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The micro-batches of a step, and the position after it."""
+    """This process's micro-batches of a step, and the position after all of them."""
 
     micro: list[Micro]
     after: Position
 
 
 class Drawing:
-    """Draws the documents of every step and lays out the student's rows.
+    """Draws the documents of every step and lays out the student's rows. What is drawn depends on nothing but the
+    recipe; of several processes each makes what it needs of it.
 
     Raises:
         InputError: a source of the recipe cannot be read or has no documents.
@@ -52,6 +55,7 @@ class Drawing:
             texts = [item for source in recipe.unrelated.sources for item in load(source)]
             self.unrelated = DocumentStream(texts, recipe.seed, "unrelated")
         self._unrelated_drawn = 0
+        self._own = range(ranks.own(), recipe.micro_batches, ranks.count())
 
     @property
     def position(self) -> Position:
@@ -63,25 +67,29 @@ class Drawing:
 
     def steps(self, first: int) -> Generator[Step, None, None]:
         """Every step from number `first` on; moves the position."""
+        count, number = self.recipe.documents, self.recipe.micro_batches
         for step in itertools.count(first):
-            micro, count = [], self.recipe.documents
-            drawn = [self.mix.draw(step) for _ in range(count * self.recipe.micro_batches)]
-            for start in range(0, len(drawn), count):
-                part = drawn[start : start + count]
-                rows = [row for index, (item, rng) in enumerate(part) for row in self.student.rows(index, item, rng)]
-                beside = self._beside([item for item, _ in drawn], start, [rng for _, rng in part])
-                micro.append(Micro([item for item, _ in part], rows, beside, self._unrelated()))
+            drawn = _Drawn([self.mix.pick(step) for _ in range(count * number)])
+            micro = []
+            for part in range(number):
+                if part in self._own:
+                    micro.append(self._micro(drawn, part * count))
+                elif self.unrelated:
+                    self._unrelated_drawn += count
             yield Step(micro, self.position)
 
-    def _beside(self, drawn: Sequence[Item], start: int, rngs: Sequence[random.Random]) -> list[Row]:
-        """For a share of the documents from number `start` of the step on, one question about the next one."""
-        rows: list[Row] = []
-        if self.recipe.beside is not None:
-            for index, rng in enumerate(rngs):
-                other = drawn[(start + index + 1) % len(drawn)]
-                if rng.random() < self.recipe.beside.share and other.questions:
-                    rows.append(self.student.beside(index, other, rng.choice(other.questions)))
-        return rows
+    def _micro(self, drawn: "_Drawn", start: int) -> Micro:
+        """The micro-batch whose first document is number `start` of the step."""
+        items, rows, beside = [], [], []
+        for index, number in enumerate(range(start, start + self.recipe.documents)):
+            item, rng = drawn.item(number), drawn.rngs[number]
+            items.append(item)
+            rows += self.student.rows(index, item, rng)
+            if self.recipe.beside is not None and rng.random() < self.recipe.beside.share:
+                other = drawn.item((number + 1) % len(drawn.rngs))
+                if other.questions:
+                    beside.append(self.student.beside(index, other, rng.choice(other.questions)))
+        return Micro(items, rows, beside, self._unrelated())
 
     def _unrelated(self) -> list[Row]:
         """Text that has nothing to do with the documents, for a share of them."""
@@ -95,3 +103,14 @@ class Drawing:
                 text, _ = window(self.base.tokenizer, item.text, rng, setting.tokens, 0)
                 rows.append(self.student.text(index, text, rng.random() < setting.in_prompt))
         return [row for row in rows if row.labels > 0]
+
+
+class _Drawn:
+    """The documents of a step, each made when it is first wanted, and their random generators."""
+
+    def __init__(self, picked: Sequence[tuple[Callable[[], Item], random.Random]]):
+        self.rngs = [rng for _, rng in picked]
+        self._make = [cache(make) for make, _ in picked]
+
+    def item(self, number: int) -> Item:
+        return self._make[number]()

@@ -116,11 +116,11 @@ class Trainer:
         micro, self.drawing.position = next(self.steps)
         # Divided by the labels of all micro-batches, so that the split changes nothing.
         _, *kinds = zip(*micro, strict=True)
-        labels, prompts, others = (sum(row.labels for rows in kind for row in rows) for kind in kinds)
+        counted = ranks.total([sum(row.labels for rows in kind for row in rows) for kind in kinds])
+        labels, prompts, others = map(int, counted)
         totals = {"loss": 0.0, "unrelated": 0.0} | ({"hidden": 0.0} if self.student.matched else {})
         totals |= {"beside": 0.0} if self.recipe.beside else {}
-        mine = micro[ranks.own() :: ranks.count()]
-        for number, part in enumerate(mine, 1):
+        for number, part in enumerate(micro, 1):
             read = [self.generator.encoder.tokenize(item.text) for item in part.items]
             factors = self.generator.factors(read, calls=ranks.most(self.generator.calls(read)))
             # Leaves in the place of A and B: each loss runs backward inside its own injection, which activation
@@ -132,7 +132,7 @@ class Trainer:
                 totals["beside"] += self.student.misled(leaves, part.beside, prompts)
             if part.unrelated:
                 totals["unrelated"] += self.student.drift(leaves, part.unrelated, others)
-            self.engine.backward(joined(factors, leaves), last=number == len(mine))
+            self.engine.backward(joined(factors, leaves), last=number == len(micro))
         recipe = self.recipe
         norm = self.engine.step([cosine(rate, self.step, recipe.warmup, recipe.steps) for rate in self.rates])
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1

@@ -77,7 +77,7 @@ def test_a_plan_is_what_a_step_takes(
     base = make_base()
     run = Trainer(recipe, make_generator(base, **recipe.generator.model_dump()), tmp_path / "run")
     item, rng = next((item, rng) for item, rng in (run.drawing.mix.draw(0) for _ in range(50)) if item.questions)
-    run.drawing.mix.draw = lambda _: (item, rng)  # type: ignore[method-assign, assignment]
+    run.drawing.mix.pick = lambda _: (lambda: item, rng)  # type: ignore[method-assign, assignment, return-value]
     rows = run.student.rows(0, item, rng)
     load = planning.Load(
         document=len(run.generator.encoder.tokenize(item.text)),

@@ -2,7 +2,9 @@
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from hyperlora.data.facts import RESERVED, fact_document
@@ -149,13 +151,18 @@ class Mix:
 
     def draw(self, step: int = 0) -> tuple[Item, random.Random]:
         """The next item, of a task that is drawn in this step, and a random generator of its own."""
+        make, rng = self.pick(step)
+        return make(), rng
+
+    def pick(self, step: int = 0) -> tuple[Callable[[], Item], random.Random]:
+        """As `draw`, but for the item itself, which is made when it is called for."""
         total = sum(self.state)
         rng = random.Random(f"{self.seed}/mix/{total}")
         weights = [task.weight if task.drawn_in(step) else 0.0 for task in self.tasks]
         index = rng.choices(range(len(self.streams)), weights)[0]
-        item = self.streams[index].item(self.state[index])
+        make = partial(self.streams[index].item, self.state[index])
         self.state[index] += 1
-        return item, rng
+        return make, rng
 
     def documents(self) -> list[Item]:
         """Every fixed document that can be drawn (invented ones are endless and left out)."""
