@@ -64,8 +64,8 @@ class Trainer:
         zero: settings of DeepSpeed; None trains without it.
 
     Raises:
-        InputError: the micro-batches cannot be shared out, training data is in an evaluation set, or the checkpoint in
-            the folder is of another engine.
+        InputError: the micro-batches cannot be shared out, the recipe trains a parameter that there is not, training
+            data is in an evaluation set, or the checkpoint in the folder is of another engine.
     """
 
     def __init__(self, recipe: Recipe, generator: Generator, folder: Path, zero: dict[str, Any] | None = None):
@@ -267,7 +267,8 @@ class Trainer:
         changed = [key for key in now if now[key] != then[key] and key not in free]
         if math.prod(now[key] for key in _SPLIT) == math.prod(then[key] for key in _SPLIT):
             changed = [key for key in changed if key not in _SPLIT]
-        if position.get("generator", own := self.generator.config.model_dump(mode="json")) != own:
+        own = self.generator.config.model_dump(mode="json")
+        if position.get("generator", own) != own and "generator" not in changed:
             changed.append("generator")
         if changed:
             raise InputError(

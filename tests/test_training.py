@@ -345,7 +345,7 @@ def test_a_run_may_add_to_the_generator_that_it_starts_from_and_train_that_alone
     assert moved == {"hypernet.salience.weight", "hypernet.salience.bias"}
     assert again.train_step() == run.train_step()
     other = more.model_copy(update={"generator": GeneratorConfig(rank=6, options={"salience": True})})
-    with pytest.raises(InputError, match="generator differ"):
+    with pytest.raises(InputError, match=r"\(generator differ"):
         start(other, tmp_path / "second", "second")
     with pytest.raises(InputError, match="does not fit"):
         Generator.from_pretrained(tmp_path / "g", first.base, GeneratorConfig(options={"pointers": 0}))
