@@ -330,7 +330,7 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
     settings of DeepSpeed.
 
     Raises:
-        InputError: the folder holds something else, or another recipe's run.
+        InputError: the folder holds something else, or another recipe's run, or the base is in float16.
     """
     leftovers = {"metrics.jsonl", checkpoint.PARTIAL, *WRITTEN}  # of a run that died before its first checkpoint
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -338,6 +338,8 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
         raise InputError(f"{folder} is not empty and holds no training run; choose another -o")
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.base, **base_options)
+    if base.model.dtype == torch.float16:
+        raise InputError("training in float16 would lose small gradients (no loss is scaled); use bfloat16 or float32")
     if recipe.start_from:
         generator = Generator.from_pretrained(recipe.start_from, base, recipe.generator).requires_grad_(True)
         generator.name = name

@@ -64,6 +64,8 @@ def test_train_passes_device_and_dtype_to_the_base(
     assert code == 0 and bases[0].model.dtype == torch.bfloat16 and bases[0].device.type == "cpu", err
     code, _, err = run("train", recipe_file, "-o", tmp_path / "x", "--dtype", "float23")
     assert code == 3 and "did you mean 'float32'" in one_line(err)
+    code, _, err = run("train", recipe_file, "-o", tmp_path / "x", "--dtype", "float16")
+    assert code == 3 and "use bfloat16 or float32" in one_line(err) and not (tmp_path / "x").exists()
     code, _, err = run("train", recipe_file, "-o", tmp_path / "x", "--device", "gpu")
     assert code == 3 and "unknown device 'gpu'" in one_line(err) and not (tmp_path / "x").exists()
 
