@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hyperlora import checkpoint
+from hyperlora.attention import attention
 from hyperlora.base_model import BaseModel
 from hyperlora.checkpoint import Checkpoint, load_moments, save_moments
 from hyperlora.data.items import Item
@@ -163,7 +164,8 @@ def _surprise(base: BaseModel, adapter: Adapter, packs: Sequence[tuple[Packed, l
     """Negative log-likelihood of the replies, summed over their tokens, in nats."""
     packed = stacked([packed for packed, _ in packs])
     targets = torch.tensor([token for _, replies in packs for token in replies], device=base.device)
-    with Session(base, len(packs), factors=adapter.factors(), cached=False) as session:
+    fast = attention(base, packed.ids.shape[1])
+    with fast, Session(base, len(packs), factors=adapter.factors(), cached=False) as session:
         return F.cross_entropy(packed.logits(session), targets, reduction="sum")
 
 

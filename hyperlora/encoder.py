@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperlora.activations import stored
+from hyperlora.attention import attention
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 from hyperlora.groups import cheapest_groups
@@ -164,7 +165,8 @@ class Encoder:
 
         handles = [self._blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
         try:
-            self._inner(**inputs, use_cache=False)
+            with attention(self.base, next(iter(inputs.values())).shape[1]):
+                self._inner(**inputs, use_cache=False)
         except _Exit:
             pass
         finally:

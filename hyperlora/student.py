@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hyperlora.attention import attention
 from hyperlora.base_model import BaseModel
 from hyperlora.data.items import Item, Question
 from hyperlora.data.teacher import TeacherCorpus
@@ -161,7 +162,8 @@ class Student:
         model, batch, teacher = self.base.model, collate(rows, self.base.device), self._told(rows)
         documents = batch.documents if packed is None else batch.documents.unique_consecutive()
         labelled = batch.labelled if packed is None else packed.wanted
-        with inject(model, factors, documents), states(self.blocks, self.matched) as found:
+        fast = attention(self.base, (batch.ids if packed is None else packed.ids).shape[1])
+        with fast, inject(model, factors, documents), states(self.blocks, self.matched) as found:
             if packed is None:
                 logits = label_logits(model, batch)
             else:
@@ -206,7 +208,7 @@ class Student:
         model, total = self.base.model, 0.0
         for group in self._groups(rows):
             batch = collate(group, self.base.device)
-            with inject(model, factors, batch.documents):
+            with attention(self.base, batch.ids.shape[1]), inject(model, factors, batch.documents):
                 loss = cross_entropy(model, batch) / labels
                 (self.recipe.beside.weight * loss).backward()
             total += float(loss.detach())
@@ -220,7 +222,7 @@ class Student:
             batch = collate(group, self.base.device)
             with torch.no_grad():
                 bare = label_logits(model, batch)
-            with inject(model, factors, batch.documents):
+            with attention(self.base, batch.ids.shape[1]), inject(model, factors, batch.documents):
                 drift = kl_from_bare(model, batch, bare) / labels
                 (self.recipe.unrelated.weight * drift).backward()
             total += float(drift.detach())

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
-from hyperlora import checkpoint, ranks
+from hyperlora import attention, checkpoint, ranks
 from hyperlora.activations import checkpoint_layers, stored
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
@@ -44,8 +44,6 @@ from hyperlora.trackers import WRITTEN
 _FREE = ("checkpointing", "evaluation", "learning_rate", "save_every", "steps")
 _SPLIT = ("documents", "micro_batches")
 _SAME_REQUEST = 2.0  # seconds
-# Without cuDNN's, which plans anew for every shape: a third of a step where every batch has another.
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 _SHORTER = (
     "out of memory in the evaluation between steps; lower max_tokens, items or facts of the recipe's evaluation, and "
@@ -106,7 +104,7 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    @sdpa_kernel(_ATTENTION)
+    @sdpa_kernel(attention.TRAINING)
     def train_step(self) -> dict[str, float]:
         """One optimizer step over `micro_batches` batches; returns its metrics (losses in nats per token)."""
         if self.steps is None:
