@@ -14,7 +14,7 @@ FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 def gradient(base: BaseModel, tokens: int) -> tuple[torch.Tensor, set[str]]:
-    """Of the summed logits in the factors of a patch, and the names of the operations."""
+    """Of the mean square of the logits in the factors of a patch, and the names of the operations."""
     torch.manual_seed(0)
     path = "model.layers.1.self_attn.q_proj"
     module = base.model.get_submodule(path)
