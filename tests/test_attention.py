@@ -1,5 +1,7 @@
 """Which attention kernel a pass takes, and that its gradients stay what they are."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.profiler import profile
@@ -7,8 +9,10 @@ from torch.profiler import profile
 from hyperlora.attention import attention
 from hyperlora.base_model import BaseModel
 from hyperlora.inject import inject
+from hyperlora.recipe import Beside, Recipe
+from hyperlora.training import Trainer
 
-from .conftest import make_base
+from .conftest import make_base, make_generator
 
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -51,3 +55,19 @@ def test_gradients_are_those_of_float32() -> None:
     whole.model.to(torch.bfloat16)
     found, names = gradient(whole, 100)
     assert FUSED not in names and (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_training_step_goes_back_through_the_faster_kernel(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through documents, questions, prompts beside a patch and unrelated text."""
+    monkeypatch.setattr("hyperlora.attention._SHORT", 4096)  # the tiny tokenizer knows letters
+    base = make_base()
+    base.model.to(torch.bfloat16)
+    recipe = recipe.model_copy(update={"beside": Beside(share=1.0)})
+    run = Trainer(recipe, make_generator(base, **recipe.generator.model_dump()), tmp_path)
+    with profile() as found:
+        losses = run.train_step()
+    assert losses["loss"] > 0 and losses["beside"] > 0 and losses["unrelated"] > 0
+    fused = [event for event in found.events() if event.name == f"{FUSED}_backward"]
+    assert len(fused) == 1  # the hypernetwork's own, in float32

@@ -2,8 +2,8 @@
 
     python eval/bench/attention.py --dtype bfloat16
 
-Prints the median milliseconds of interleaved rounds and their ratio; above 1 the products are faster. The masks are
-those of packed questions, which is why none is left to the kernel. hyperlora/attention.py goes by this.
+Prints the median milliseconds of interleaved rounds and their ratio; above 1 the products are faster. The kernels
+are handed a mask, as packed questions need one. hyperlora/attention.py goes by this.
 """
 
 import argparse
