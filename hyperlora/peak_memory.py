@@ -38,5 +38,12 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
     except OSError:
         yield lambda: 0.0
         return
-    before = kib("VmRSS")
-    yield lambda: 1024.0 * max(0, kib("VmHWM") - before)
+    before, mapped = kib("VmRSS"), kib("RssFile")
+
+    def peak() -> float:
+        # A kernel may send pages of files away at any time, those of libraries too: the work took none of its memory
+        # from there. Those that leave after the peak are counted as well, so it is never too low.
+        left = max(0, mapped - kib("RssFile"))
+        return 1024.0 * max(0, kib("VmHWM") - before + left)
+
+    yield peak
