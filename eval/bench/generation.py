@@ -14,11 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from hyperlora.generator import Generator
+from hyperlora.peak_memory import peak_memory
 
 
 def document(generator: Generator, tokens: int) -> list[int]:
@@ -51,18 +51,11 @@ def ratio(generator: Generator, tokens: int, pairs: int) -> dict[str, float]:
 def long_document(generator: Generator, tokens: int) -> dict[str, float]:
     ids = document(generator, tokens)
     generator.factors([ids[:64]])
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak that loading reached
-    before = resident_kib("VmRSS")
-    start = time.perf_counter()
-    generator.factors([ids])
-    seconds = time.perf_counter() - start
-    return {"tokens": tokens, "seconds": seconds, "peak_mib": (resident_kib("VmHWM") - before) / 1024}
-
-
-def resident_kib(field: str) -> int:
-    """A memory figure of this process in KiB (Linux): VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    with peak_memory(generator.base.device) as peak:
+        start = time.perf_counter()
+        generator.factors([ids])
+        seconds = time.perf_counter() - start
+    return {"tokens": tokens, "seconds": seconds, "peak_mib": peak() / 2**20}
 
 
 def main() -> None:
