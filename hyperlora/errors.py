@@ -4,7 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 # What has no kind of its own: the CPU's allocator, CUDA outside its allocator, its linear algebra.
-_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_MEMORY = (
+    *("can't allocate memory", "std::bad_alloc", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"),
+)
+# What gloo says; errors of NCCL have kinds of their own (`torch.distributed.DistError`).
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport")
 
 
 class HyperloraError(Exception):
@@ -37,6 +42,11 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says so, of a GPU or the CPU."""
     kind = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     return kind or any(words in str(error) for words in _MEMORY)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that another process is gone, or waited for in vain."""
+    return type(error).__name__.startswith("Dist") or any(words in str(error) for words in _LOST)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,17 +9,20 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+APART = timedelta(days=30)  # processes with a share of their own: one may be done days before another
+TRAINING = timedelta(hours=2)  # processes that wait for each other in every step
+
 
 def launched() -> int:
     """How many processes the launcher started, 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
-    """Form the group of all processes that a launcher started. One may be done days before another."""
+def join(patience: timedelta = APART) -> None:
+    """Form the group of all processes that a launcher started; each waits for another for at most `patience`."""
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=30))
+        dist.init_process_group(backend, timeout=patience)
 
 
 def leave() -> None:
@@ -58,6 +61,11 @@ def wait() -> None:
 def any_of(flag: bool) -> bool:
     """Whether `flag` is set in any process."""
     return total([float(flag)])[0] > 0
+
+
+def agree(number: int) -> bool:
+    """Whether a number is the same in all processes."""
+    return most(number) == -most(-number)
 
 
 def most(number: int) -> int:

@@ -167,7 +167,7 @@ class Trainer:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if self.step < self.recipe.steps:
+        if self.step < self.recipe.steps or self._unscored():
             raise KeyboardInterrupt
         with self.engine.whole():
             if ranks.own() == 0:
@@ -178,24 +178,41 @@ class Trainer:
         """Train to the last step, or until there is something in `stop`."""
         if self.step == 0:
             self.save()  # so that a run that dies early can be started again
-            self._evaluate(on_metrics)
-        stopping = False
+        self._evaluate(stop, on_metrics)  # of the start, or what was interrupted
+        stopping = ranks.any_of(bool(stop))
         while self.step < self.recipe.steps and not stopping:
             start = time.perf_counter()
             metrics = self.train_step()
             self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
-            last = self.step == self.recipe.steps
-            if self.step % self.recipe.evaluation.every == 0 or last:
-                self._evaluate(on_metrics)
             stopping = ranks.any_of(bool(stop))
-            if self.step % self.recipe.save_every == 0 or last or stopping:
-                self.save()
+            unscored = self._unscored()
+            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or stopping or unscored:
+                self.save()  # before scores are made, which takes long
+            if unscored and not stopping:
+                self._evaluate(stop, on_metrics)
+                stopping = ranks.any_of(bool(stop))
 
-    def _evaluate(self, on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+    def _unscored(self) -> list[str]:
+        """The sets that answers are to be scored on behind this step, and were not yet."""
+        if self.step % self.recipe.evaluation.every and self.step != self.recipe.steps:
+            return []
+        missing = [0.0] * len(self.evaluation)
+        if ranks.own() == 0:
+            path = self.folder / "metrics.jsonl"
+            records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            done = {record.get("evaluation") for record in records if record["step"] == self.step}
+            missing = [float(name not in done) for name in self.evaluation]
+        return [name for name, flag in zip(self.evaluation, ranks.total(missing), strict=True) if flag]
+
+    def _evaluate(self, stop: list[float], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        """Score what is unscored, set by set, until there is something in `stop`."""
         conditions = ("patch", "swapped", *(("beside",) if self.recipe.beside else ()))
-        for name, items in self.evaluation.items():
+        for name in self._unscored():
+            if ranks.any_of(bool(stop)):
+                return
+            items = self.evaluation[name]
             with _explained(_SHORTER), stored(self.student.blocks):
                 scores = score_controls(self.generator, items, conditions)
             self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
@@ -286,7 +303,7 @@ class Trainer:
         self.engine.load(found)
         self.steps = None
         self.step, self.drawing.position = position["step"], Position(position["drawn"], position["unrelated"])
-        self._forget_metrics_after(self.step or -1)  # at the very start it is scored once more
+        self._forget_metrics_after(self.step)
         return True
 
     def _forget_metrics_after(self, step: int) -> None:
@@ -332,8 +349,11 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
     """
     leftovers = {"metrics.jsonl", checkpoint.PARTIAL, *WRITTEN}  # of a run that died before its first checkpoint
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if present - leftovers and checkpoint.find(folder) is None:
+    found = checkpoint.find(folder)
+    if present - leftovers and found is None:
         raise InputError(f"{folder} is not empty and holds no training run; choose another -o")
+    if not ranks.agree(checkpoint.read_position(found)["step"] if found else -1):
+        raise InputError(f"processes find different checkpoints in {folder}; all machines must share this folder")
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.base, **base_options)
     if base.model.dtype == torch.float16:

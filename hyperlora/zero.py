@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -27,6 +28,13 @@ from hyperlora.recipe import Recipe
 
 _SHARDS, _UNIVERSAL = "zero", "universal"
 BUCKET = 500_000_000  # numbers; DeepSpeed's default for `reduce_bucket_size`
+_REFUSALS = (ValidationError, ValueError, AssertionError, TypeError, AttributeError, KeyError)
+# DeepSpeed passes over keys that it does not know, so that one of these with a letter wrong would do nothing.
+_KEYS = (
+    *("zero_optimization", "zero_allow_untested_optimizer", "train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "wall_clock_breakdown"),
+    *("memory_breakdown", "checkpoint", "compile", "comms_logger", "flops_profiler", "csv_monitor", "tensorboard"),
+)
 
 
 class ZeroEngine(Engine):
@@ -49,15 +57,17 @@ class ZeroEngine(Engine):
         self.layout = {"engine": "deepspeed", "stage": stage, "processes": ranks.count()}
         self.tag = _SHARDS if resumed is None else self._tag(resumed)
         numbers = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        # Gradients are summed in a buffer of this size, all of which is allocated: by default 2 GB or more.
-        sharding = {"reduce_bucket_size": min(BUCKET, numbers)} | settings["zero_optimization"]
+        # Gradients are summed in a buffer of this size, all of which is allocated: by default 2 GB or more. DeepSpeed's
+        # linear would stand in for torch's everywhere, in the base too, and keep the inputs of layers that are frozen.
+        sharding = {"reduce_bucket_size": min(BUCKET, numbers), "memory_efficient_linear": False}
+        sharding |= settings["zero_optimization"]
         settings = settings | {"zero_optimization": sharding}
         if self.tag == _UNIVERSAL:
             settings = settings | {"checkpoint": {**settings.get("checkpoint", {}), "load_universal": True}}
         with redirect_stdout(sys.stderr):  # stdout is for results
             try:
                 self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-            except (ValidationError, ValueError, AssertionError) as error:
+            except (*_REFUSALS, deepspeed.DeepSpeedConfigError) as error:
                 why = str(error).strip() or type(error).__name__
                 if isinstance(error, ValidationError):
                     first = error.errors()[0]
@@ -173,6 +183,9 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         "train_batch_size": recipe.documents * recipe.micro_batches,
         "gradient_clipping": recipe.clip,
     }
+    for key in settings:
+        if key not in _KEYS and (close := get_close_matches(key, _KEYS, n=1, cutoff=0.85)):
+            raise InputError(f"{path}: DeepSpeed knows no {key}; did you mean {close[0]}?")
     for key, value in decided.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise InputError(f"{path}: {key} is {settings[key]}, the recipe says {value}; leave it out or say 'auto'")
@@ -189,6 +202,7 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         ("data_types", "nothing: gradients are summed in float32"),
         ("prescale_gradients", "nothing: losses are divided by the labels of all processes"),
         ("gradient_predivide_factor", "nothing: losses are divided by the labels of all processes"),
+        ("gradient_allreduce_op", "nothing: losses are divided by the labels of all processes"),
     ):
         found = settings.get(key)
         if found and not (isinstance(found, dict) and found.get("enabled") is False):
@@ -199,6 +213,8 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
     sharding: dict[str, Any] = found if isinstance(found, dict) else {}
     if sharding.get("stage") not in (1, 2, 3):
         raise InputError(f"{path}: zero_optimization needs a stage of 1, 2 or 3; without ZeRO leave out --deepspeed")
+    if sharding.get("offload_param") and sharding["stage"] < 3:
+        raise InputError(f"{path}: offload_param moves weights, which stage 3 alone shares out; leave it out")
     for key in ("zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if sharding.get(key):
             raise InputError(f"{path}: zero_optimization.{key} contradicts the recipe; leave it out: all is float32")
@@ -223,7 +239,7 @@ def join(device: str | None = None) -> None:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks.join()
+    ranks.join(ranks.TRAINING)
     with redirect_stdout(sys.stderr):
         deepspeed.init_distributed()
 

@@ -203,6 +203,8 @@ def test_plan_prints_a_table_or_json(run: Run, recipe_file: Path) -> None:
     code, out, _ = run("plan", recipe_file, "--documents", "1,3", "--json", "--dtype", "float32")
     one, three = map(json.loads, out.splitlines())
     assert three["step_flops"] == pytest.approx(3 * one["step_flops"], rel=0.1)
+    code, out, err = run("plan", recipe_file, "--documents", "1", "--gpus", "7")
+    assert code == 0 and "\nmicro_batches 7, a multiple of 7 GPUs (the recipe has 1)\n" in out, err
     assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"] and set(one["memory"]) == {"none", "1", "2", "3"}
     code, out, err = run("plan", recipe_file, "--documents", "1", "--device", "cpu", "--json")
     assert code == 0 and json.loads(out)["base"] == one["base"], err  # in float32
@@ -225,7 +227,7 @@ def test_a_base_may_be_nothing_but_a_config(run: Run, recipe_file: Path, tmp_pat
     [
         (["--documents", "2,x"], "give numbers with commas"),
         (["--documents", "0"], "give numbers with commas"),
-        (["--gpus", "7"], "7 GPUs cannot share out"),
+        (["--gpus", "7", "--micro-batches", "4"], "give a multiple of 7"),
         (["--base", "nowhere.json"], "no config of a base model at nowhere.json"),
         (["--dtype", "float7"], "unknown dtype"),
         (["--device", "tpu"], "plans are for cuda or cpu"),

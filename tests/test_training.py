@@ -1,9 +1,10 @@
 import json
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import Overlap
 from hyperlora.engine import PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
+from hyperlora.evaluation.controls import score_controls
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.hypernet import HYPERNETS
@@ -129,15 +131,59 @@ def test_a_run_of_a_version_that_knew_less_goes_on(recipe: Recipe, tmp_path: Pat
 
 
 def test_the_first_scores_are_written_once(recipe: Recipe, tmp_path: Path) -> None:
-    """A run killed after them, and before its first step is saved, takes them again."""
+    """Also by a run that was killed after them, and before its first step was saved."""
     run = trainer(recipe, tmp_path / "run")
     run.save()
-    run._evaluate(None)
+    run._evaluate([], None)
     again = trainer(recipe, tmp_path / "run")
     assert again.resume() and again.step == 0
     again.run()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("evaluation" in line and line["step"] == 0 for line in lines) == len(run.evaluation) > 0
+
+
+def test_a_step_is_saved_before_it_is_scored(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that were interrupted are made by the run that goes on, and those that were made are not made again."""
+    recipe.evaluation.facts, recipe.save_every = [1, 2], 100
+    whole = trainer(recipe, tmp_path / "whole")
+    whole.run()
+    calls: list[int] = []
+
+    def die(*arguments: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == len(whole.evaluation) + 2:
+            raise KeyboardInterrupt
+        return score_controls(*arguments)
+
+    monkeypatch.setattr("hyperlora.training.score_controls", die)
+    for _ in range(2):
+        run = trainer(recipe, tmp_path / "run")
+        run.resume()
+        with suppress(KeyboardInterrupt):
+            run.run()
+    assert calls and records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_stop_during_scores_is_heard_between_sets(recipe: Recipe, tmp_path: Path) -> None:
+    run = trainer(recipe, tmp_path / "run")
+    run.step = recipe.steps
+    run._evaluate([0.0], None)
+    assert run._unscored() == list(run.evaluation) != []
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_processes_that_find_different_checkpoints_are_refused(
+    recipe: Recipe, tmp_path: Path, tiny_dirs: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.base = tiny_dirs[0]
+    monkeypatch.setattr("hyperlora.ranks.agree", lambda number: number != -1)
+    with pytest.raises(InputError, match="all machines must share this folder"):
+        start(recipe, tmp_path / "run", "x")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_died_at_once_can_be_started_again(recipe: Recipe, tmp_path: Path, tiny_dirs: tuple) -> None:

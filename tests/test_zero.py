@@ -239,6 +239,9 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
         ({"prescale_gradients": True}, "prescale_gradients contradicts the recipe"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types contradicts the recipe"),
         ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, "zero_quantized_gradients contradicts"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op contradicts the recipe"),
+        ({"zero_optimisation": {"stage": 2}}, "knows no zero_optimisation; did you mean zero_optimization"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "stage 3 alone shares out"),
         ({"communication_data_type": "fp16"}, "communication_data_type contradicts the recipe"),
         ({"checkpoint": {"load_universal": True}}, "load_universal is set when it is needed"),
         ({"zero_optimization": {"stage": 7}}, "a stage of 1, 2 or 3"),
@@ -257,7 +260,9 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
     assert zero.read_settings(path, recipe)["gradient_clipping"] == recipe.clip
 
 
-@pytest.mark.parametrize("wrong", [{"reduce_bucket_size": "much"}, {"compute_grad_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"reduce_bucket_size": "much"}, {"compute_grad_norm": False}, {"mics_shard_size": 2}], ids=str
+)
 def test_what_deepspeed_refuses_is_one_line(recipe_file: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1, **wrong}}))
@@ -280,6 +285,7 @@ _STEPS = """
 import json, math, sys
 import torch
 from hyperlora import zero
+linear = torch.nn.functional.linear
 zero.join("cpu")
 for stage in (1, 2, 3):
     module = torch.nn.Linear(8, 8)
@@ -298,11 +304,12 @@ for stage in (1, 2, 3):
     (_, before), (norm, after), (later, moved) = seen
     assert norm == math.inf and torch.equal(before, after), (stage, norm)
     assert 0 < later < math.inf and not torch.equal(after, moved), (stage, later)
+    assert torch.nn.functional.linear is linear, stage
 """
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_at_any_stage() -> None:
-    """And the buffers that gradients are summed in are no larger than the module."""
+    """And the buffers that gradients are summed in are no larger than the module, and torch's functions stay."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", _STEPS], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -21,9 +21,10 @@ from hyperlora.cli.listing import methods, tasks
 from hyperlora.cli.plan import plan
 from hyperlora.cli.teach import teach
 from hyperlora.cli.train import train
-from hyperlora.errors import HyperloraError, out_of_memory
+from hyperlora.errors import HyperloraError, lost_peer, out_of_memory
 
 _INTERRUPTED = "interrupted; what was finished is kept"
+_LOST = "another process of this run ended or cannot be reached; see its error, and run the same command to go on"
 
 app = typer.Typer(
     name="hyperlora",
@@ -81,6 +82,8 @@ def guarded(command: Callable[[], object]) -> None:
     except OSError as error:
         fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except (RuntimeError, MemoryError) as error:
+        if lost_peer(error):
+            fail(_LOST, 1)
         if not out_of_memory(error):
             raise
         fail("out of memory; free some, or take a smaller base, --dtype bfloat16, fewer or shorter documents", 1)

@@ -1,6 +1,7 @@
 """`hyperlora plan`: what a recipe will need on GPUs that are not there yet."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,11 +47,9 @@ def plan(
     from hyperlora.recipe import read_recipe
 
     checked = read_recipe(recipe, micro_batches=micro_batches)
-    if checked.micro_batches % gpus:
-        raise InputError(
-            f"micro_batches is {checked.micro_batches}, which {gpus} GPUs cannot share out; give a multiple with "
-            "--micro-batches"
-        )
+    if checked.micro_batches % gpus and micro_batches is not None:
+        raise InputError(f"{gpus} GPUs cannot share out --micro-batches {micro_batches}; give a multiple of {gpus}")
+    asked, checked.micro_batches = checked.micro_batches, math.ceil(checked.micro_batches / gpus) * gpus
     try:
         counts = [int(part) for part in documents.split(",")]
         assert min(counts) > 0
@@ -77,6 +76,8 @@ def plan(
     step, *_ = rows[0]
     print(f"base        {step.base / gib:.2f} GiB in {dtype} in every process")
     print(f"generator   {step.generator // planning.FLOAT / 1e6:.1f} M parameters ({step.hypernet})")
+    if asked != checked.micro_batches:
+        print(f"micro_batches {checked.micro_batches}, a multiple of {gpus} GPUs (the recipe has {asked})")
     print(f"{'documents':>9} {'TFLOP/step':>11}", *([f"{'s/step':>8}"] if tflops else []), end="")
     print(*(f"{'no ZeRO' if stage is None else f'ZeRO {stage}':>9}" for stage in STAGES), "   GiB per GPU")
     for one, memories, flops in rows:

@@ -50,7 +50,7 @@ def train(
     checked = read_recipe(recipe, **changes)
     settings = None
     if deepspeed is None:
-        ranks.join()
+        ranks.join(ranks.TRAINING)
     else:
         from hyperlora import zero
 
