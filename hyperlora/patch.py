@@ -21,6 +21,7 @@ from hyperlora.structure import is_transposed, linear_shape
 
 WEIGHTS, CONFIG, PROVENANCE = "adapter_model.safetensors", "adapter_config.json", "hyperlora.json"
 _PREFIX = "base_model.model."
+_JOINED = " + "  # between the names, and hashes, of several generators
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Patch:
         for patch in patches[1:]:
             check_base(patch.provenance, first.fingerprint, first.base)
         kinds = [patch.provenance.generator_hash for patch in patches]
+        mixed = {kind for one in kinds if _JOINED in one for kind in one.split(_JOINED)}  # have it among their own
         fixed = {path: patches[0].factors[path] for path in first.fixed if len(set(kinds)) == 1}
         paths = sorted({path for patch in patches for path in patch.factors} - fixed.keys())
         factors, bounds = {}, {}
@@ -121,7 +123,7 @@ class Patch:
             parts = []
             for number, (weight, patch) in enumerate(zip(weights, patches, strict=True)):
                 alike = path in patch.provenance.fixed  # as in all patches of its generator: of the first alone, whole
-                if path in patch.factors and not (alike and kinds[number] in kinds[:number]):
+                if path in patch.factors and not (alike and kinds[number] in {*kinds[:number], *mixed}):
                     parts.append((1.0 if alike else weight, *patch.factors[path]))
             factors[path] = (
                 torch.cat([a for _, a, _ in parts]),
@@ -134,7 +136,7 @@ class Patch:
             for document in patch.provenance.documents
         )
         names, hashes = (
-            " + ".join(dict.fromkeys(values))
+            _JOINED.join(dict.fromkeys(part for value in values for part in value.split(_JOINED)))
             for values in zip(*((p.provenance.generator, p.provenance.generator_hash) for p in patches), strict=True)
         )
         origin = replace(first, documents=documents, generator=names, generator_hash=hashes, fixed=tuple(fixed))
@@ -234,7 +236,7 @@ class Patch:
             provenance = Provenance(**record)
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 factors = _read_factors(file, config)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder} holds a damaged patch ({error}); generate it again") from error
         return Patch(factors, provenance)
 

@@ -5,8 +5,10 @@ from typing import Any
 
 _SLOT = "\u2402slot\u2402"
 GAP = "\n\n"  # between the context and the question
+_LINE_BREAKS = ("\n", "\u010a", "<0x0A>")  # as vocabularies write them: plain, of byte-level BPE, of single bytes
 _REPLY = "\u2402reply\u2402"
 _DAY = "26 Jul 2024"
+_CLOCK = "{%- macro strftime_now(format) -%}" + _DAY + "{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,12 @@ class PromptFormat:
         return _behind_a_reply(tokenizer, self.end)
 
     def stop_ids(self, tokenizer: Any) -> set[int]:
-        """Tokens that end a reply: the first of `end`, and where that is a line break, of any number of them."""
-        repeats = 4 if self.end.isspace() else 1
-        return {ids[0] for count in range(1, repeats + 1) if (ids := _behind_a_reply(tokenizer, self.end * count))}
+        """Tokens that end a reply: the first of `end`, and where that is a line break, all tokens with one in them."""
+        ends = set(self.end_ids(tokenizer)[:1])
+        if self.end.isspace():
+            likely = (i for text, i in tokenizer.get_vocab().items() if any(mark in text for mark in _LINE_BREAKS))
+            ends |= {i for i in likely if self.end in tokenizer.decode([i])}
+        return ends
 
 
 def _behind_a_reply(tokenizer: Any, end: str) -> list[int]:
@@ -74,14 +79,21 @@ def document_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
 
+def whole(tokenizer: Any, ids: list[int]) -> str:
+    """The text of some tokens out of a longer one, without characters that were cut in two at its ends."""
+    return tokenizer.decode(ids).strip("\ufffd")
+
+
 def prompt_format(tokenizer: Any) -> PromptFormat:
     """The model's own chat template, or a plain question-and-answer format when it has none.
 
     Templates that let a model think first are asked not to (`enable_thinking`), and those that can be given a date
-    (`date_string`) always get the same one: a memory must fit the prompts of other days.
+    (`date_string`) or look for one (`strftime_now`) always get the same: a memory must fit the prompts of other days.
     """
     if getattr(tokenizer, "chat_template", None):
         options = {"tokenize": False, "enable_thinking": False, "date_string": _DAY}
+        if "strftime_now" in (template := tokenizer.get_chat_template()):
+            options["chat_template"] = _CLOCK + template
         turn = [{"role": "user", "content": _SLOT}]
         asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, **options)
         told = tokenizer.apply_chat_template(

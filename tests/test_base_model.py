@@ -19,8 +19,9 @@ from hyperlora.base_model import (
     load_base,
 )
 from hyperlora.errors import InputError, OutOfMemory
+from hyperlora.structure import text_config
 
-from .conftest import TEXT, Run, make_base, one_line
+from .conftest import TEXT, Run, make_base, make_generator, make_tokenizer, one_line
 
 
 def test_directory_loads_with_its_tokenizer(tiny_dirs: tuple[str, str]) -> None:
@@ -118,6 +119,29 @@ def test_refused_flash_attention_falls_back_to_sdpa(
     monkeypatch.setattr(base_model, "choose_attention", lambda device, dtype: "flash_attention_2")
     base = load_base(tiny_dirs[0])
     assert asked == ["flash_attention_2", "sdpa"] and base.attention == "sdpa"
+
+
+def test_a_base_without_sdpa_takes_eager_attention(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=4, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    base = load_base(str(tmp_path / "bloom"))
+    assert base.attention == "eager"
+    generator = make_generator(base)
+    assert generator.generate(TEXT).rank == generator.config.rank
+
+
+def test_bytes_of_a_cached_token_are_what_the_base_keeps() -> None:
+    """Whatever the config says of heads."""
+    for kind in ("llama", "gpt2", "gemma3"):
+        config = text_config((base := make_base(kind)).model)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        assert base.kv_bytes_per_token == 2 * 2 * config.num_hidden_layers * heads * width
+    falcon = transformers.FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    model = transformers.AutoModelForCausalLM.from_config(falcon)
+    assert falcon.multi_query and BaseModel("falcon", model, make_tokenizer()).kv_bytes_per_token == 2 * 2 * 4 * 8
 
 
 def test_attention_in_use_is_reported(

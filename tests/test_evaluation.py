@@ -64,6 +64,13 @@ def test_replies_are_greedy_whatever_the_base_brings(base: BaseModel) -> None:
     assert base.model.generation_config is brought
 
 
+def test_a_base_that_never_ends_a_reply_is_stopped_at_the_limit(base: BaseModel) -> None:
+    prompt = base.prompt.prompt_ids(base.tokenizer, "Who?")
+    base.stop_ids, base.tokenizer.pad_token = [], None  # as without a token that ends or fills
+    (reply,) = greedy(base, [prompt], 12)
+    assert len(base.tokenizer(reply)["input_ids"]) > 5
+
+
 def test_report_has_intervals_and_controls(generator: Generator, tmp_path: object) -> None:
     result = evaluate_answers(generator, "some facts", fact_items(2, 3), ["patch", "swapped"])
     assert result["documents"] == 3 and result["questions"] == 6 and result["generator"]["rank"] == 6

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import BaseMismatch, InputError
 from hyperlora.inject import patched
-from hyperlora.patch import CONFIG, WEIGHTS, Patch
+from hyperlora.patch import CONFIG, PROVENANCE, WEIGHTS, Patch
 
 from .conftest import make_base, make_generator
 
@@ -85,6 +86,33 @@ def test_impossible_scales_are_refused(patch: Patch, tmp_path: Path, change: dic
         Patch.load(tmp_path / "patch")
 
 
+@pytest.mark.parametrize("file", [CONFIG, PROVENANCE])
+def test_json_that_is_no_object_is_a_damaged_patch(patch: Patch, tmp_path: Path, file: str) -> None:
+    patch.save(tmp_path / "patch")
+    (tmp_path / "patch" / file).write_text("[]")
+    with pytest.raises(InputError, match="damaged patch"):
+        Patch.load(tmp_path / "patch")
+
+
+def test_ctrl_c_between_two_renames_hides_nothing(
+    patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch.save(tmp_path / "patch")
+    rename, calls = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        patch.save(tmp_path / "patch", force=True)
+    assert len(calls) == 3 and [path.name for path in tmp_path.iterdir()] == ["patch"]
+    Patch.load(tmp_path / "patch")
+
+
 def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> None:
     one, two = make_generator(base).generate(documents[:2])
     both = Patch.compose([one, two], [1.0, -0.5])
@@ -110,6 +138,12 @@ def test_compose_is_the_weighted_sum(base: BaseModel, documents: list[str]) -> N
         torch.testing.assert_close(
             again.factors[path][1] @ again.factors[path][0], 2 * one.factors[path][1] @ one.factors[path][0]
         )
+    nested = Patch.compose([mixed, one], [1.0, 2.0])  # nor where a sum of several generators' patches has it
+    assert nested.provenance.generator_hash == mixed.provenance.generator_hash
+    for path in one.factors:
+        delta = [p.factors[path][1] @ p.factors[path][0] for p in (mixed, one, nested)]
+        more = 0.0 if path in fixed else 2 * delta[1]
+        torch.testing.assert_close(delta[2], delta[0] + more, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="as many weights"):
         Patch.compose([one, two], [1.0])
 

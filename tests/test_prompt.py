@@ -1,7 +1,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hyperlora.prompt import document_ids, encode, prompt_format
+from hyperlora.prompt import document_ids, encode, prompt_format, whole
 
 from .conftest import CHAT, TEXT, make_tokenizer
 
@@ -75,3 +75,25 @@ def test_templates_do_not_think_and_do_not_tell_the_day() -> None:
     tokenizer.chat_template = day + CHAT.replace("assistant\n{% endif", f"{thinking}{{% endif")
     form = prompt_format(tokenizer)
     assert form.suffix.endswith("<think></think>") and form.prefix.startswith("26 Jul 2024<s>")
+
+
+def test_the_day_is_not_in_the_prompt() -> None:
+    """Of templates that look for it or are told it."""
+    for day in ("{{ strftime_now('%d %b %Y') }}", "{{ date_string }}"):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "Today is " + day + ". " + CHAT
+        assert prompt_format(tokenizer).prefix.startswith("Today is 26 Jul 2024. ")
+
+
+def test_a_line_break_inside_a_token_ends_a_reply() -> None:
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.add_tokens([".\n", ". ", "\n\n"])
+    stop = prompt_format(tokenizer).stop_ids(tokenizer)
+    assert {tokenizer.decode([token]) for token in stop} == {"\n", ".\n", "\n\n"}
+
+
+def test_no_half_characters_at_the_ends_of_a_piece() -> None:
+    tokenizer = make_tokenizer()
+    ids = document_ids(tokenizer, "日本語")
+    assert len(ids) == 9 and "\ufffd" in tokenizer.decode(ids[1:8])
+    assert whole(tokenizer, ids[1:8]) == "本"

@@ -65,7 +65,7 @@ def measure(recipe: Recipe, base: str | None, documents: int, deepspeed: Path | 
     seconds = time.perf_counter() - begin
     step = planning.plan(recipe, None, documents, [load], run.base.model.dtype)
     memory = planning.memory(step, stage, ranks.count())
-    planned = memory.gradients + memory.optimizer + step.working
+    planned = memory.gradients + memory.optimizer + memory.buffers + step.working
     flops = step.flops * recipe.micro_batches / ranks.count()
     return {
         "documents": documents,

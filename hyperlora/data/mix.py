@@ -13,7 +13,7 @@ from hyperlora.data.made_questions import ask_about
 from hyperlora.data.open_words import OpenWords
 from hyperlora.data.sources import load
 from hyperlora.errors import InputError
-from hyperlora.prompt import document_ids
+from hyperlora.prompt import document_ids, whole
 from hyperlora.recipe import FactsTask, MadeTask, QATask, TextTask
 
 _NO_SPACES = 40  # characters to a space; a language that has so few has about two characters to a word
@@ -120,7 +120,7 @@ def window(tokenizer: Any, text: str, rng: random.Random, length: int, following
     span = max(2, int(0.7 * length))  # words are about 1.4 tokens; the encoder takes any length
     start = rng.randrange(max(1, len(words) - span - int(0.7 * following)))
     ids = tokenizer(gap.join(words[start : start + 2 * (span + following)]), add_special_tokens=False)["input_ids"]
-    return tokenizer.decode(ids[:length]), tokenizer.decode(ids[length : length + following])
+    return whole(tokenizer, ids[:length]), whole(tokenizer, ids[length : length + following])
 
 
 def _ask(item: Item, rng: random.Random, count: int) -> Item:

@@ -31,7 +31,7 @@ def greedy(base: BaseModel, prompts: Sequence[list[int]], max_new_tokens: int = 
     Penalties and the like that a base brings in its generation config are left aside.
     """
     width, stop = max(map(len, prompts)), base.stop_ids
-    pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else stop[0]
+    pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else (*stop, 0)[0]
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=base.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=base.device)
     brought, base.model.generation_config = base.model.generation_config, transformers.GenerationConfig()
@@ -41,7 +41,7 @@ def greedy(base: BaseModel, prompts: Sequence[list[int]], max_new_tokens: int = 
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=stop,
+            eos_token_id=stop or None,
             pad_token_id=pad,
         )
     finally:

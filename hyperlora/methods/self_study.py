@@ -16,7 +16,7 @@ from hyperlora.errors import InputError
 from hyperlora.memory import Memory
 from hyperlora.methods.contract import Document, stable_seed
 from hyperlora.methods.summary import sentences
-from hyperlora.prompt import document_ids
+from hyperlora.prompt import document_ids, whole
 from hyperlora.runtime import Prompt, Runtime
 from hyperlora.structure import context_window
 
@@ -112,7 +112,7 @@ def study(
         raise InputError(f"{base.name} has a window of {window} tokens; self-study needs {around + _LEAST} at least")
     count = -(-len(ids) // min(chunk_tokens, window - around))
     bounds = [len(ids) * i // count for i in range(count + 1)]
-    texts = [base.tokenizer.decode(ids[a:b]) for a, b in pairwise(bounds)]
+    texts = [whole(base.tokenizer, ids[a:b]) for a, b in pairwise(bounds)]
     contexts = [document_ids(base.tokenizer, text) for text in texts]
     pieces = [(chunk, piece.strip()) for chunk, text in enumerate(texts) for piece in sentences(text)]
     asked: dict[tuple[int, str], str] = {}  # manner by chunk and question
