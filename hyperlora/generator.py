@@ -169,8 +169,8 @@ class Generator(nn.Module):
         """Capped LoRA factors of a batch of documents (token ids), differentiable in the hypernetwork.
 
         Returns, per module path, A (documents, rank, d_in) and B (documents, d_out, rank); once where a module is
-        changed in the same way for every document. Memory does not grow with a document's length: chunks are read one
-        after the other, and what is written for them is joined.
+        changed in the same way for every document. Chunks are read one after the other, and what is written for them is
+        joined, so that memory does not grow with a document's length; where gradients are wanted, it does.
 
         Args:
             clock: see `generate`.

@@ -52,7 +52,15 @@ def _trackio(folder: Path, settings: Record, step: int) -> Tracker:
 
     with _known(folder / "trackio-id") as known:  # it knows a run by its name alone
         run = trackio.init(project="hyperlora", name=f"{folder.name}-{known[:8]}", config=settings, resume="allow")
-    return Tracker(lambda numbers, step: run.log(numbers, step=step), lambda failed: trackio.finish())
+    path = folder / "trackio-step"
+    reached = int(path.read_text()) if path.exists() else step
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        if step >= reached:  # it would show twice what a run repeats that was killed after its last checkpoint
+            run.log(numbers, step=step)
+            write_text(path, str(step))
+
+    return Tracker(log, lambda failed: trackio.finish())
 
 
 @contextmanager
@@ -63,7 +71,7 @@ def _known(path: Path) -> Iterator[str]:
     write_text(path, known)
 
 
-WRITTEN = {"tensorboard", "trackio-id", "wandb", "wandb-id"}  # what they may leave in a run's folder
+WRITTEN = {"tensorboard", "trackio-id", "trackio-step", "wandb", "wandb-id"}  # what they may leave in a run's folder
 TRACKERS: dict[str, Callable[[Path, Record, int], Tracker]] = {
     "tensorboard": _tensorboard,
     "trackio": _trackio,

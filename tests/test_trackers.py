@@ -74,9 +74,13 @@ def test_runs_go_to_the_tracker_that_is_asked_for(
         raise KeyboardInterrupt
     assert begun[1] == begun[0] and begun[0]["resume"] == "allow"
     assert service.ended[1:] == [1 if name == "wandb" else 0]  # trackio knows no other end
+    with track([name], tmp_path / "mine", {"steps": 3}, 1) as hand_on:  # resumed before the step that it had reached
+        for step in (1, 2, 3):
+            hand_on({"step": step, "loss": 1.5})
+    assert [step for _, step in service.logged[2:]] == ([1, 2, 3] if name == "wandb" else [2, 3])  # wandb drops itself
     (tmp_path / "other" / "mine").mkdir(parents=True)
     with track([name], tmp_path / "other" / "mine", {"steps": 3}):  # another run in a folder of the same name
-        assert (begun[2]["name"], begun[2].get("id")) != (begun[0]["name"], begun[0].get("id"))
+        assert (begun[3]["name"], begun[3].get("id")) != (begun[0]["name"], begun[0].get("id"))
 
 
 def test_a_tracker_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
