@@ -106,13 +106,17 @@ def cross_entropy(model: Any, batch: Batch) -> Tensor:
     return F.cross_entropy(label_logits(model, batch), batch.targets, reduction="sum")
 
 
-def reply_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Sum over labels, nats: where a teacher's opinion is known the weighted KL divergence from it, elsewhere the
-    negative log-likelihood. `logits` (labels, vocabulary)."""
+def reply_loss(logits: Tensor, batch: Batch, nll: float = 0.0) -> Tensor:
+    """Sum over labels, nats: where a teacher's opinion is known the weighted KL divergence from it, and `nll` times the
+    negative log-likelihood of its reply, weighed alike; elsewhere the negative log-likelihood. `logits` (labels,
+    vocabulary)."""
     if not len(batch.weight):
         return F.cross_entropy(logits, batch.targets, reduction="sum")
     plain = F.cross_entropy(logits[~batch.taught], batch.targets[~batch.taught], reduction="sum")
-    return plain + (batch.weight * top_k_kls(logits[batch.taught], batch.top_ids, batch.top_log_probs)).sum()
+    taught = top_k_kls(logits[batch.taught], batch.top_ids, batch.top_log_probs)
+    if nll:
+        taught = taught + nll * F.cross_entropy(logits[batch.taught], batch.targets[batch.taught], reduction="none")
+    return plain + (batch.weight * taught).sum()
 
 
 @contextmanager

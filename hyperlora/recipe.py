@@ -107,12 +107,14 @@ class Teacher(_Strict):
         corpora: folders of `hyperlora teach`. Questions that are found there are trained on the teacher's reply and its
             likeliest tokens, all others on their own reply.
         contrast: weight of a taught token is 1 + `contrast` times the nats that the document is worth to it (0 to 5).
+        nll: weight of the negative log-likelihood of the reply beside the divergence from its likeliest tokens.
         hidden: weight of the distance from the teacher's hidden states at the labels of all questions, behind
             `hidden_layers` evenly spread layers; the teacher reads anew in every step.
     """
 
     corpora: list[str] = []
     contrast: float = Field(default=0.0, ge=0)
+    nll: float = Field(default=0.0, ge=0)
     hidden: float = Field(default=0.0, ge=0)
     hidden_layers: Positive = 4
 

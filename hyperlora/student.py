@@ -169,7 +169,7 @@ class Student:
             else:
                 with Session(self.base, len(packed.ids), cached=False) as session:
                     logits = packed.logits(session)
-            loss = reply_loss(logits, batch) / labels
+            loss = reply_loss(logits, batch, self.recipe.teacher.nll) / labels
             parts, total = {"loss": float(loss.detach())}, loss
             if teacher is not None:
                 where = torch.tensor([bool(row.told) for row in rows for _ in range(row.labels)])

@@ -234,8 +234,10 @@ def test_a_certain_teacher_is_the_label(base: BaseModel) -> None:
     none = collate([Row(0, plain[0].ids, 2, (*sure[:2], torch.zeros(3))), plain[1]], base.device)
     alone = collate(plain[1:], base.device)
     torch.testing.assert_close(
-        reply_loss(label_logits(base.model, none), none), cross_entropy(base.model, alone), rtol=1e-4, atol=1e-4
+        reply_loss(label_logits(base.model, none), none, 0.5), cross_entropy(base.model, alone), rtol=1e-4, atol=1e-4
     )
+    with_nll = expected + 0.5 * (expected - cross_entropy(base.model, alone))
+    torch.testing.assert_close(reply_loss(label_logits(base.model, other), other, 0.5), with_nll, rtol=1e-2, atol=1e-2)
 
 
 def test_the_distance_of_states_ignores_channels_that_are_large_everywhere() -> None:
@@ -298,6 +300,7 @@ def test_units_are_taken_from_texts_that_fit_the_window(recipe: Recipe) -> None:
 
 def test_the_teachers_reply_is_learned(recipe: Recipe, tmp_path: Path) -> None:
     recipe.mix, recipe.teacher.contrast, recipe.teacher.hidden = recipe.mix[1:2], 1.0, 0.1
+    recipe.teacher.nll = 0.5
     run = trainer(recipe, tmp_path / "run")
     run.student.teachers = [_One([9, 8, 7], torch.tensor([0.0, 1.0, 9.0]))]  # type: ignore[list-item]
     found = [run.train_step() for _ in range(30)]
