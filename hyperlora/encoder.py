@@ -17,7 +17,7 @@ from hyperlora.groups import cheapest_groups
 from hyperlora.hypernet.contract import Features, Pair, Reading
 from hyperlora.inject import inject
 from hyperlora.prompt import document_ids, encode
-from hyperlora.structure import Site, context_window, decoder_layers, hidden_of
+from hyperlora.structure import Site, check_embeds, context_window, decoder_layers, hidden_of
 
 _OVERLAP = 64  # tokens, a sentence or two
 Timed = Callable[[], AbstractContextManager[None]]
@@ -120,7 +120,12 @@ class Encoder:
     def memory(
         self, chunks: list[list[int]], tokens: Tensor, adapter: Mapping[str, Pair], layers: Sequence[int]
     ) -> Tensor:
-        """See `Reading.memory`. The tokens stand right behind a chunk's own, before any padding."""
+        """See `Reading.memory`. The tokens stand right behind a chunk's own, before any padding.
+
+        Raises:
+            UnsupportedBase: a base that wants token ids.
+        """
+        check_embeds(self.base.model)
         ids, mask = self._padded(chunks)
         skip, count = len(self.sink), len(tokens)
         begin = skip + mask.sum(1)  # (chunks,) where the tokens start

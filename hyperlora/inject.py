@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperlora.fingerprint import fingerprint
 from hyperlora.patch import Patch
 
 # Per module path: A (documents, rank, d_in) and B (documents, d_out, rank), or one of each for all documents; the scale
@@ -85,9 +86,9 @@ def patched(model: nn.Module, patch: Patch | Sequence[Patch], rows: Tensor | Non
         BaseMismatch: a patch was made for another base.
     """
     patches = [patch] if isinstance(patch, Patch) else list(patch)
-    device = next(model.parameters()).device
+    device, found = next(model.parameters()).device, fingerprint(model)
     for one in patches:
-        one.check(model)
+        one.check(model, found)
     with inject(model, stack_patches(patches, device), rows):
         yield model
 

@@ -165,9 +165,11 @@ class Patch:
                 delta = b.float().to(weight.device) @ a.float().to(weight.device)
                 weight += (delta.T if is_transposed(module) else delta).to(weight.dtype)
 
-    def check(self, model: nn.Module) -> None:
-        """Raises BaseMismatch unless this patch was made for `model` and fits its modules."""
-        check_base(self.provenance, fingerprint(model), getattr(model.config, "_name_or_path", "") or "the given model")
+    def check(self, model: nn.Module, found: Fingerprint | None = None) -> None:
+        """Raises BaseMismatch unless this patch was made for `model` and fits its modules; `found` is its fingerprint,
+        where that is known."""
+        name = getattr(model.config, "_name_or_path", "") or "the given model"
+        check_base(self.provenance, found or fingerprint(model), name)
         for path, (a, b) in self.factors.items():
             try:
                 shape = linear_shape(model.get_submodule(path))

@@ -14,7 +14,7 @@ from hyperlora.growing_cache import growing_cache
 from hyperlora.inject import Factors, TokenGate, inject
 from hyperlora.objectives import only_positions
 from hyperlora.shared_state import SharedState
-from hyperlora.structure import UnsupportedBase, text_config
+from hyperlora.structure import UnsupportedBase, check_embeds, text_config
 
 if TYPE_CHECKING:
     from hyperlora.memory import KV
@@ -39,7 +39,8 @@ class Session:
         cached: keep K/V for later pieces; False for a single pass under activation checkpointing.
 
     Raises:
-        UnsupportedBase: attention that is neither full nor a sliding window, or a base that takes no positions.
+        UnsupportedBase: attention that is neither full nor a sliding window, or a base that takes no positions or
+            wants token ids.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Session:
     ):
         self.base, self.shared, self.rows = base, shared, rows
         self._factors, self._patch_rows = factors, patch_rows
+        check_embeds(base.model)
         self._windows = attention_windows(base)
         self._cache: Any = growing_cache() if cached else None
         # Models with code of their own, and transformers before 5.24, say `past_key_values`.
@@ -244,6 +246,7 @@ def _takes_positions(base: BaseModel) -> bool:
 def takes_masks(base: BaseModel) -> bool:
     """Whether a session can run the base, and with the attention that it has."""
     try:
+        check_embeds(base.model)
         attention_windows(base)
     except UnsupportedBase:
         return False

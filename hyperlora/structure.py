@@ -45,6 +45,17 @@ def context_window(model: nn.Module) -> int:
     return next((found for name in names if (found := getattr(config, name, None))), sys.maxsize)
 
 
+def check_embeds(model: nn.Module) -> None:
+    """Raises UnsupportedBase where the layers look up token ids themselves (Gemma 4), which inserted or cached tokens
+    do not have."""
+    config = text_config(model)
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise UnsupportedBase(
+            f"{config.model_type} looks up token ids in every layer; comparisons and memory tokens need a base that "
+            "reads embeddings alone"
+        )
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers: the outermost `ModuleList` as long as the config's layer count."""
     count = text_config(model).num_hidden_layers
@@ -109,6 +120,12 @@ def _checked(model: nn.Module, layers: Iterable[int]) -> list[int]:
         raise UnsupportedBase(f"{config.model_type} has layers of kind {kinds}: recurrent bases cannot be patched")
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_KEYS):
         raise UnsupportedBase(f"{config.model_type} is a mixture of experts; patches need a dense base model")
+    words, width = model.get_output_embeddings(), config.hidden_size  # type: ignore[operator]
+    if words is not None and words.weight.shape[-1] != width:
+        raise UnsupportedBase(
+            f"{config.model_type}'s output layer reads {words.weight.shape[-1]} channels and its layers write {width}; "
+            "patches need a base without a projection between them"
+        )
     count = len(decoder_layers(model)[1])
     if wrong := [layer for layer in layers if not 0 <= layer < count]:
         raise UnsupportedBase(f"layer {wrong[0]} does not exist: this base has layers 0 to {count - 1}")
@@ -177,7 +194,12 @@ def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[s
     too; a post-norm (Gemma 3) or a residual multiplier scales it. `args` and `kwargs` are what the block was called
     with and `output` (batch, tokens, d_out) what it returned.
     The first token, an attention sink, is left out. Returns (d_out,) in float32.
+
+    Raises:
+        UnsupportedBase: the layer has more than one stream, or does not run the site.
     """
+    if output.dim() != 3:
+        raise UnsupportedBase("the layers write several streams side by side (Gemma 3n); patches need a base with one")
     moves: list[Tensor] = []
 
     def perturb(_: nn.Module, __: Any, out: Tensor) -> Tensor:
@@ -194,6 +216,8 @@ def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[s
         moved = block.forward(*args, **kwargs)
     finally:
         handle.remove()
+    if not moves:
+        raise UnsupportedBase("a module that was to be patched is not run by its layer; name others as `modules`")
     moved = moved[0] if isinstance(moved, tuple) else moved
     change = (moved.float() - output.float()) / moves[0]  # (batch, tokens, d_out)
     return change[:, 1:].flatten(0, -2).median(dim=0).values

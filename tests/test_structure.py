@@ -5,15 +5,20 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     BloomConfig,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     MambaConfig,
     MixtralConfig,
     MptConfig,
+    OPTConfig,
     PretrainedConfig,
 )
 
 from hyperlora.base_model import BaseModel
+from hyperlora.session import Session, takes_masks
 from hyperlora.structure import UnsupportedBase, attention_outputs, context_window, find_sites, is_transposed
 
 from .conftest import TEXT, make_base, make_generator, make_tokenizer
@@ -94,6 +99,52 @@ def test_experts_and_recurrent_models_are_refused() -> None:
         find_sites(AutoModelForCausalLM.from_config(recurrent))
     with pytest.raises(UnsupportedBase, match="recurrent"):
         attention_outputs(AutoModelForCausalLM.from_config(recurrent), [0])
+
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False), "reads 16 channels"),
+        (
+            BartConfig(vocab_size=400, d_model=32, encoder_layers=4, decoder_layers=4, decoder_attention_heads=4),
+            "is not run by its layer",
+        ),
+        (
+            Gemma3nTextConfig(
+                **SIZES,
+                num_key_value_heads=2,
+                head_dim=8,
+                intermediate_size=[64] * 4,
+                num_kv_shared_layers=0,
+                layer_types=["full_attention"] * 4,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=400,
+                laurel_rank=4,
+                activation_sparsity_pattern=[0.0] * 4,
+            ),
+            "several streams",
+        ),
+    ],
+    ids=["opt-350m", "bart", "gemma-3n"],
+)
+def test_shapes_that_patches_do_not_fit_are_refused(config: PretrainedConfig, message: str) -> None:
+    base = BaseModel("odd", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    with pytest.raises(UnsupportedBase, match=message):
+        make_generator(base)
+
+
+def test_layers_that_look_up_token_ids_read_documents_but_no_memory_tokens() -> None:
+    config = Gemma4TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=64)
+    base = BaseModel("gemma4", AutoModelForCausalLM.from_config(config), make_tokenizer())
+    generator = make_generator(base)
+    assert generator.generate(TEXT).rank == generator.config.rank and not takes_masks(base)
+    with pytest.raises(UnsupportedBase, match="reads embeddings alone"):
+        make_generator(base, "memory_tokens").generate(TEXT)
+    with pytest.raises(UnsupportedBase, match="reads embeddings alone"):
+        Session(base, 1)
 
 
 def test_gain_is_one_without_and_measured_with_a_post_norm() -> None:

@@ -26,6 +26,10 @@ class Book:
 
     def __init__(self, base: Base, item: Item):
         self.id, self.text, self._lower = item.id, item.text, item.text.lower()
+        if not base.tokenizer.is_fast:
+            raise InputError(
+                f"the tokenizer of {base.name} cannot say where its tokens stand in a book; use another base"
+            )
         # `verbose` would warn that the text is longer than the model's context.
         tokens = base.tokenizer(
             item.text,
