@@ -172,6 +172,14 @@ def test_processes_that_read_more_do_not_leave_the_others_behind(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+def test_weights_in_the_cpus_memory_train_as_one_process_does(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    start(recipe, tmp_path / "one", "tiny").run()
+    finished(launch(2, recipe_file, "-o", tmp_path / "two", "--deepspeed", CONFIGS / "zero3_offload.json"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
 def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
     start(recipe, tmp_path / "one", "tiny").run()
     finished(launch(2, recipe_file, "-o", tmp_path / "two"))
