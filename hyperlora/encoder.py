@@ -153,14 +153,30 @@ class Encoder:
             mask[row, : len(chunk)] = True
         return ids.to(self.base.device), mask.to(self.base.device)
 
+    @cached_property
+    def _tells_apart(self) -> bool:
+        """Whether the base keeps packed sequences apart: not one that loses their positions on the way to attention
+        (GPTBigCode, Persimmon, CTRL), in which a sequence would see the one before it."""
+        ids = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]], device=self.base.device)  # two sequences, the second the same
+        positions = torch.tensor([[0, 1, 0, 1]], device=self.base.device)
+        with torch.no_grad(), inject(self.base.model, {}), stored(self._blocks):
+            one, other = (
+                self._kept([0], input_ids=row[None], position_ids=positions)[_behind(0)][0, 2:].float() for row in ids
+            )
+        return bool((one - other).norm() < 1e-2 * one.norm())
+
     def _until_the_last(self, layers: Sequence[int], real: Tensor, **inputs: Tensor) -> dict[Any, Tensor]:
         """Run the base up to its last layer that matters; what is behind `layers`, by `_behind`.
 
         `inputs` are padded; where they are packed, as `real` (chunks, tokens) says, so is what comes back.
         """
-        if len(real) > 1 and (self.packed or self.base.attention.startswith("flash")):
+        if len(real) > 1 and (self.packed or self.base.attention.startswith("flash")) and self._tells_apart:
             positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
             inputs = {name: padded[real][None] for name, padded in (inputs | {"position_ids": positions}).items()}
+        return self._kept(layers, **inputs)
+
+    def _kept(self, layers: Sequence[int], **inputs: Tensor) -> dict[Any, Tensor]:
+        """What the base has behind `layers` when it reads `inputs` up to the last of them."""
         kept: dict[Any, Tensor] = {}
 
         def keep(layer: int, _: nn.Module, __: Any, output: Any) -> None:

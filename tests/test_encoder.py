@@ -63,6 +63,22 @@ def test_packed_chunks_are_read_as_padded_ones(any_base: BaseModel, documents: l
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_base_that_mixes_packed_chunks_reads_padded_ones(base: BaseModel, documents: list[str], apart: bool) -> None:
+    """Under flash-attention some lose the positions that tell chunks apart."""
+    sites, inner = find_sites(base.model, [1, 3]), base.model.base_model
+    forward = inner.forward
+    if not apart:
+        inner.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    padded, packed = Encoder(base, sites), Encoder(base, sites)
+    packed.packed = True
+    ids = [padded.tokenize(text) for text in (documents[0], documents[1][:30])]
+    one, other = padded.read(ids), packed.read(ids)
+    mask = one.mask[..., None, None]
+    torch.testing.assert_close(one.hidden * mask, other.hidden * mask, rtol=1e-4, atol=1e-4)
+    assert packed._tells_apart == apart
+
+
 @pytest.mark.gpu
 def test_flash_attention_reads_as_sdpa_does(documents: list[str]) -> None:
     """Ragged chunks of a real base in bfloat16."""
