@@ -86,8 +86,9 @@ class BaseModel:
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             read = self.model(input_ids=ids, use_cache=True)
         cache = read.get("past_key_values", read.get("cache"))
-        kept = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
-        return 2 * sum(part.numel() for part in kept)
+        # Models with code of their own may still give pairs in the place of layers.
+        pairs = [(layer.keys, layer.values) for layer in cache.layers] if hasattr(cache, "layers") else cache or ()
+        return 2 * sum(part.numel() for pair in pairs for part in pair[:2] if part is not None)
 
 
 def cache_dir() -> Path:

@@ -82,7 +82,7 @@ def guarded(command: Callable[[], object]) -> None:
     except OSError as error:
         fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except (RuntimeError, MemoryError) as error:
-        if lost_peer(error):
+        if lost_peer(error) and not out_of_memory(error):
             fail(_LOST, 1)
         if not out_of_memory(error):
             raise
