@@ -206,8 +206,7 @@ def residual_gain(block: nn.Module, site: nn.Module, args: tuple, kwargs: dict[s
         size = 0.1 * out.float().pow(2).mean(-1, keepdim=True).sqrt().expand_as(out)
         # As large as the stream's own rounding at least, else a half-precision stream would not move.
         size = torch.maximum(size, 8 * torch.finfo(out.dtype).eps * output.float().abs())
-        signs = torch.randint(0, 2, size.shape, generator=torch.Generator().manual_seed(0)).to(size) * 2 - 1
-        moved_out = (out.float() + size * signs).to(out.dtype)
+        moved_out = (out.float() + size * (torch.randint_like(size, 0, 2) * 2 - 1)).to(out.dtype)
         moves.append(moved_out.float() - out.float())
         return moved_out
 

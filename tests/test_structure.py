@@ -158,18 +158,3 @@ def test_gain_is_one_without_and_measured_with_a_post_norm() -> None:
     base.model.model.layers[3].post_feedforward_layernorm.weight.data.fill_(3.0)
     doubled = make_generator(base, modules=["mlp.down_proj"]).statistics[1].gain
     assert torch.allclose(doubled / halved, torch.tensor(2.0), rtol=0.1)
-
-
-def test_gains_depend_on_nothing_that_was_drawn_before() -> None:
-    base, found = make_base("gemma3"), []
-    for seed in (1, 2):
-        generator = make_generator(base)
-        torch.manual_seed(seed)
-        generator.calibrate([TEXT])
-        assert torch.initial_seed() == seed and torch.rand(()) == torch.rand((), generator=seeded(seed))
-        found.append(generator.statistics[0].gain)
-    assert torch.equal(*found)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -32,7 +32,9 @@ def measure_costs(
     rows: list[dict[str, float]] = []
     method = copy.copy(method)
     method.common = None
-    method.prepare()  # else it would count or not, as earlier documents were made in this process or another
+    # What is done once would count or not, as earlier documents were made in this process or another.
+    method.prepare()
+    _ = runtime.base.kv_bytes_per_token
     for number, item in enumerate(items):
         document = [Document(item.id, item.text)]
         budget = None if budgets is None else budgets[number : number + 1]
