@@ -82,11 +82,11 @@ def guarded(command: Callable[[], object]) -> None:
     except OSError as error:
         fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except (RuntimeError, MemoryError) as error:
-        if lost_peer(error) and not out_of_memory(error):
+        if out_of_memory(error):
+            fail("out of memory; free some, or take a smaller base, --dtype bfloat16, fewer or shorter documents", 1)
+        if lost_peer(error):
             fail(_LOST, 1)
-        if not out_of_memory(error):
-            raise
-        fail("out of memory; free some, or take a smaller base, --dtype bfloat16, fewer or shorter documents", 1)
+        raise
 
 
 def fail(message: str, code: int) -> None:
