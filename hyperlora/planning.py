@@ -95,6 +95,13 @@ class Memory:
     total: int
 
 
+def usual(micro_batches: int) -> Recipe:
+    """A recipe to plan with where there is none: the default generator, questions on short documents."""
+    mix = [{"task": "qa", "sources": [], "max_tokens": 300, "questions": 3}]
+    calibration: dict[str, Any] = {"sources": []}
+    return Recipe.model_validate({"steps": 1, "micro_batches": micro_batches, "calibration": calibration, "mix": mix})
+
+
 def read_loads(recipe: Recipe, prompt_tokens: int, reply_tokens: int) -> list[Load]:
     """The loads of a recipe's tasks; a prompt has `prompt_tokens`, its reply `reply_tokens`."""
     loads = []

@@ -1,8 +1,6 @@
 """The training loop: draw documents, inject their patches, compare with the replies, checkpoint, resume."""
 
-import json
 import math
-import random
 import signal
 import sys
 import time
@@ -14,35 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
-from hyperlora import attention, checkpoint, ranks
+from hyperlora import attention, checkpoint, ranks, run_log
 from hyperlora.activations import checkpoint_layers, stored
 from hyperlora.base_model import load_base
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.data.ahead import ahead
+from hyperlora.data.calibration import calibration_texts
 from hyperlora.data.overlap import check_disjoint
-from hyperlora.data.sources import load_texts
 from hyperlora.drawing import Drawing, Position, Step
 from hyperlora.engine import Engine, PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged, out_of_memory
 from hyperlora.evaluation.controls import score_controls
 from hyperlora.evaluation.items import evaluation_sets
-from hyperlora.files import write_text
-from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator import Generator
 from hyperlora.learning_rates import cosine, rated_groups
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.recipe import Recipe
+from hyperlora.resuming import check_own, own_position
+from hyperlora.run_log import RunLog
 from hyperlora.student import Student
 from hyperlora.trackers import WRITTEN
 
-# What a resumed recipe may change, and what it may as long as the product stays: the same documents are drawn.
-_FREE = ("checkpointing", "evaluation", "learning_rate", "save_every", "steps")
-_SPLIT = ("documents", "micro_batches")
 _SAME_REQUEST = 2.0  # seconds
 _PATIENCE = 10  # steps in a row without a finite gradient before a run ends
 _SHORTER = (
@@ -88,6 +82,7 @@ class Trainer:
         if recipe.checkpointing:
             generator.through = partial(checkpointed, self.engine.call, use_reentrant=False)
             checkpoint_layers(self.base.model)
+        self.log = RunLog(folder)
         self.step = 0
         self.skipped = 0
         self.steps: abc.Generator[Step, None, None] | None = None  # from here on
@@ -183,7 +178,7 @@ class Trainer:
         while self.step < self.recipe.steps and not stopping:
             start = time.perf_counter()
             metrics = self.train_step()
-            self._log({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
+            self._record({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
             stopping = ranks.any_of(bool(stop))
@@ -198,13 +193,7 @@ class Trainer:
         """The sets that answers are to be scored on behind this step, and were not yet."""
         if self.step % self.recipe.evaluation.every and self.step != self.recipe.steps:
             return []
-        missing = [0.0] * len(self.evaluation)
-        if ranks.own() == 0:
-            path = self.folder / "metrics.jsonl"
-            records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            done = {record.get("evaluation") for record in records if record["step"] == self.step}
-            missing = [float(name not in done) for name in self.evaluation]
-        return [name for name, flag in zip(self.evaluation, ranks.total(missing), strict=True) if flag]
+        return self.log.unscored(self.step, self.evaluation)
 
     def _evaluate(self, stop: list[float], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
         """Score what is unscored, set by set, until there is something in `stop`."""
@@ -215,29 +204,20 @@ class Trainer:
             items = self.evaluation[name]
             with _explained(_SHORTER), stored(self.student.blocks):
                 scores = score_controls(self.generator, items, conditions)
-            self._log({"step": self.step, "evaluation": name, **scores}, on_metrics)
+            self._record({"step": self.step, "evaluation": name, **scores}, on_metrics)
             if ranks.own() == 0:
                 tqdm.write(
                     f"step {self.step} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), sys.stderr
                 )
 
-    def _log(self, record: dict[str, Any], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
-        if ranks.own() == 0:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+    def _record(self, record: dict[str, Any], on_metrics: Callable[[dict[str, Any]], None] | None) -> None:
+        self.log.write(record)
         if on_metrics:
             on_metrics(record)
 
     def summary(self) -> dict[str, Any]:
         """The run in short: its steps, the losses of the last one and the last scores of every evaluation set."""
-        record: dict[str, Any] = {"generator": str(self.folder / "generator"), "steps": self.step, "evaluation": {}}
-        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
-            metrics = json.loads(line)
-            if name := metrics.pop("evaluation", None):
-                record["evaluation"][name] = metrics
-            else:
-                record |= {"loss": metrics["loss"], "unrelated": metrics["unrelated"]}
-        return record
+        return {"generator": str(self.folder / "generator"), "steps": self.step, **self.log.summary()}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -248,10 +228,7 @@ class Trainer:
             "drawn": self.drawing.position.mix,
             "unrelated": self.drawing.position.unrelated,
             "layout": self.engine.layout,
-            "sites": [site.path for site in self.generator.sites],
-            "fingerprint": vars(self.base.fingerprint),
-            "generator": self.generator.config.model_dump(mode="json"),
-            "recipe": self.recipe.model_dump(mode="json"),
+            **own_position(self.recipe, self.generator),
         }
 
         def write(folder: Path) -> None:
@@ -266,52 +243,18 @@ class Trainer:
         """Continue from the folder's checkpoint, if it has one. Raises InputError when it is of another recipe."""
         found = checkpoint.find(self.folder)
         if found is None:
-            self._forget_metrics_after(-1)
+            self.log.forget_after(-1)
             return False
         loaded = checkpoint.load(found)
         position = loaded.position
-        now = self.recipe.model_dump(mode="json")
-        then = position["recipe"]
-        try:  # what an older version did not know has its default
-            then = Recipe.model_validate(then).model_dump(mode="json")
-        except ValidationError as error:
-            raise InputError(
-                f"{self.folder} holds a recipe that this version cannot read; choose another -o"
-            ) from error
-        free = (*_FREE, *(("strength_rate",) if now["strength_rate"] and then["strength_rate"] else ()))
-        changed = [key for key in now if now[key] != then[key] and key not in free]
-        if math.prod(now[key] for key in _SPLIT) == math.prod(then[key] for key in _SPLIT):
-            changed = [key for key in changed if key not in _SPLIT]
-        own = self.generator.config.model_dump(mode="json")
-        if position.get("generator", own) != own and "generator" not in changed:
-            changed.append("generator")
-        if changed:
-            raise InputError(
-                f"{self.folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o"
-            )
-        if "fingerprint" in position and not self.base.fingerprint.same(Fingerprint(**position["fingerprint"])):
-            raise InputError(
-                f"{self.folder} holds a run on another base than {self.base.name}; choose another -o, or --base"
-            )
-        if position.get("sites", sites := [site.path for site in self.generator.sites]) != sites:
-            raise InputError(
-                f"{self.folder} holds a run on other modules, such as the default of an earlier version; "
-                "choose another -o"
-            )
+        check_own(self.folder, position, self.recipe, self.generator)
         with self.engine.whole():
             loaded.restore(self.generator)
         self.engine.load(found)
         self.steps = None
         self.step, self.drawing.position = position["step"], Position(position["drawn"], position["unrelated"])
-        self._forget_metrics_after(self.step)
+        self.log.forget_after(self.step)
         return True
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drop the records of steps that will be repeated."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists() and ranks.own() == 0:
-            whole = path.read_text().split("\n")[:-1]  # a killed process may leave half a line
-            write_text(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def _less(recipe: Recipe) -> str:
@@ -347,7 +290,7 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
     Raises:
         InputError: the folder holds something else, or another recipe's run, or the base is in float16.
     """
-    leftovers = {"metrics.jsonl", checkpoint.PARTIAL, *WRITTEN}  # of a run that died before its first checkpoint
+    leftovers = {run_log.NAME, checkpoint.PARTIAL, *WRITTEN}  # of a run that died before its first checkpoint
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     found = checkpoint.find(folder)
     if present - leftovers and found is None:
@@ -368,17 +311,3 @@ def start(recipe: Recipe, folder: Path, name: str, zero: dict[str, Any] | None =
         generator.calibrate(calibration_texts(recipe), recipe.calibration.tokens)
     folder.mkdir(parents=True, exist_ok=True)  # last, so that bad input leaves no folder
     return trainer
-
-
-def calibration_texts(recipe: Recipe) -> list[str]:
-    """Text pieces for the sites' statistics, spread over the sources' documents."""
-    rng = random.Random(f"{recipe.seed}/calibration")
-    items = [item for source in recipe.calibration.sources for item in load_texts(source)]
-    if not items:
-        raise InputError(f"no text to calibrate on in {', '.join(recipe.calibration.sources) or 'an empty list'}")
-    picked = rng.choices(items, k=recipe.calibration.texts)
-    pieces = []
-    for item in picked:
-        start = rng.randrange(max(1, len(item.text) - 6 * recipe.calibration.tokens))
-        pieces.append(item.text[start : start + 6 * recipe.calibration.tokens])
-    return pieces

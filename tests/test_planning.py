@@ -212,6 +212,16 @@ def test_plan_prints_a_table_or_json(run: Run, recipe_file: Path) -> None:
     assert code == 0 and "*" in out and "the base alone does not fit" in out
 
 
+def test_a_plan_needs_no_recipe(run: Run, tiny_dirs: tuple[str, str]) -> None:
+    code, out, err = run("plan", "--base", tiny_dirs[0], "--gpus", "2", "--documents", "1,2", "--json")
+    assert code == 0, err
+    for count, line in enumerate(out.splitlines(), 1):
+        planned = json.loads(line)
+        assert (planned["documents"], planned["step_flops"]) == (count, planned["flops"])  # one micro-batch for each
+    code, out, err = run("plan", "--base", tiny_dirs[0], "--gpus", "2", "--micro-batches", "3")
+    assert code != 0 and "give a multiple of 2" in one_line(err) and not out
+
+
 def test_a_base_may_be_nothing_but_a_config(run: Run, recipe_file: Path, tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
     (tmp_path / "big.json").write_text(json.dumps(config | {"num_attention_heads": 4, "vocab_size": 100}))

@@ -1,10 +1,6 @@
-import json
-import os
-import signal
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,14 +12,13 @@ from hyperlora.data.ahead import ahead
 from hyperlora.data.overlap import Overlap
 from hyperlora.engine import PlainEngine
 from hyperlora.errors import InputError, OutOfMemory, TrainingDiverged
-from hyperlora.evaluation.controls import score_controls
 from hyperlora.generator import Generator
 from hyperlora.generator_config import GeneratorConfig
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.recipe import Beside, Recipe, read_recipe
 from hyperlora.training import Trainer, start
 
-from .conftest import OPTIONS, losses, make_base, make_generator
+from .conftest import OPTIONS, make_base, make_generator
 
 each_hypernet = pytest.mark.parametrize("name", sorted(HYPERNETS))
 
@@ -37,26 +32,6 @@ def of(recipe: Recipe, name: str) -> Recipe:
     """The recipe with another architecture."""
     settings = {"hypernet": name, "options": OPTIONS[name]}
     return recipe.model_copy(update={"generator": recipe.generator.model_copy(update=settings)})
-
-
-@each_hypernet
-def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path, name: str) -> None:
-    recipe = of(recipe, name)
-    trainer(recipe, tmp_path / "whole").run()
-    interrupted = trainer(recipe, tmp_path / "parts")
-
-    def interrupt(record: dict[str, object]) -> None:
-        if record.get("step") == 4 and "loss" in record:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.run(interrupt)
-    resumed = trainer(recipe, tmp_path / "parts")
-    assert resumed.resume() and resumed.step == 4
-    resumed.run()
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole, parts = ((tmp_path / n / "generator" / "model.safetensors").read_bytes() for n in ("whole", "parts"))
-    assert whole == parts
 
 
 @each_hypernet
@@ -86,94 +61,6 @@ def test_micro_batches_divide_by_all_labels(recipe: Recipe, tmp_path: Path) -> N
     for one, *others in zip(*gradients, strict=True):
         for other in others:
             assert (one - other).norm() < 2e-3 * one.norm() + 1e-6
-
-
-def test_base_is_never_trained_and_other_recipes_are_refused(recipe: Recipe, tmp_path: Path) -> None:
-    base = make_base()
-    before = base.fingerprint
-    trainer(recipe, tmp_path / "run", base).run()
-    del base.fingerprint
-    assert base.fingerprint == before
-    for key, value in (("weight_decay", 1.0), ("documents", 2)):
-        with pytest.raises(InputError, match=f"{key} differ"):
-            trainer(recipe.model_copy(update={key: value}), tmp_path / "run").resume()
-
-
-def test_what_errors_advise_can_be_done(recipe: Recipe, tmp_path: Path) -> None:
-    """A run goes on at another learning rate, and in smaller micro-batches, which change nothing else."""
-    whole = trainer(recipe, tmp_path / "whole")
-    whole.run()
-    stopped = trainer(recipe, tmp_path / "run")
-    for _ in range(2):
-        stopped._log({"step": stopped.step + 1, **stopped.train_step()}, None)
-    stopped.save()
-    split = trainer(recipe.model_copy(update={"documents": 1, "micro_batches": 3}), tmp_path / "run")
-    assert split.resume() and split.step == 2
-    split.run()
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-    stopped.save()
-    slower = trainer(recipe.model_copy(update={"learning_rate": recipe.learning_rate / 9}), tmp_path / "run")
-    assert slower.resume() and slower.rates[0] == recipe.learning_rate / 9
-
-
-def test_a_run_of_a_version_that_knew_less_goes_on(recipe: Recipe, tmp_path: Path) -> None:
-    recipe.unrelated.in_prompt, recipe.beside = 0.0, None  # type: ignore[union-attr]
-    trainer(recipe, tmp_path / "run").save()
-    path = tmp_path / "run" / "checkpoint" / "position.json"
-    position = json.loads(path.read_text())
-    del position["recipe"]["unrelated"]["in_prompt"], position["recipe"]["beside"]
-    path.write_text(json.dumps(position))
-    assert trainer(recipe, tmp_path / "run").resume()
-    position["recipe"]["unrelated"]["elsewhere"] = 1
-    path.write_text(json.dumps(position))
-    with pytest.raises(InputError, match="this version cannot read"):
-        trainer(recipe, tmp_path / "run").resume()
-
-
-def test_the_first_scores_are_written_once(recipe: Recipe, tmp_path: Path) -> None:
-    """Also by a run that was killed after them, and before its first step was saved."""
-    run = trainer(recipe, tmp_path / "run")
-    run.save()
-    run._evaluate([], None)
-    again = trainer(recipe, tmp_path / "run")
-    assert again.resume() and again.step == 0
-    again.run()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum("evaluation" in line and line["step"] == 0 for line in lines) == len(run.evaluation) > 0
-
-
-def test_a_step_is_saved_before_it_is_scored(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores that were interrupted are made by the run that goes on, and those that were made are not made again."""
-    recipe.evaluation.facts, recipe.save_every = [1, 2], 100
-    whole = trainer(recipe, tmp_path / "whole")
-    whole.run()
-    calls: list[int] = []
-
-    def die(*arguments: Any) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == len(whole.evaluation) + 2:
-            raise KeyboardInterrupt
-        return score_controls(*arguments)
-
-    monkeypatch.setattr("hyperlora.training.score_controls", die)
-    for _ in range(2):
-        run = trainer(recipe, tmp_path / "run")
-        run.resume()
-        with suppress(KeyboardInterrupt):
-            run.run()
-    assert calls and records(tmp_path / "run") == records(tmp_path / "whole")
-
-
-def test_a_stop_during_scores_is_heard_between_sets(recipe: Recipe, tmp_path: Path) -> None:
-    run = trainer(recipe, tmp_path / "run")
-    run.step = recipe.steps
-    run._evaluate([0.0], None)
-    assert run._unscored() == list(run.evaluation) != []
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_processes_that_find_different_checkpoints_are_refused(
@@ -320,30 +207,6 @@ def test_prompts_beyond_the_window_are_refused(recipe: Recipe, tmp_path: Path) -
         InputError, match=r"\d+ tokens of a document and what is asked are beyond the window of tiny-llama, 30"
     ):
         run.train_step()
-
-
-def test_strengths_may_learn_more_slowly_from_now_on(recipe: Recipe, tmp_path: Path) -> None:
-    trainer(recipe, tmp_path / "plain").save()
-    recipe.strength_rate = 1e-2
-    trainer(recipe, tmp_path / "run").save()
-    slower = recipe.model_copy(update={"strength_rate": 1e-3, "learning_rate": 1e-4})
-    assert trainer(slower, tmp_path / "run").resume()
-    with pytest.raises(InputError, match="strength_rate differ"):
-        trainer(recipe, tmp_path / "plain").resume()
-
-
-def test_a_run_goes_on_in_another_precision_of_the_base(recipe: Recipe, tmp_path: Path) -> None:
-    base = make_base()
-    base.model.half()
-    assert base.fingerprint.weights is None
-    trainer(recipe, tmp_path / "run").save()
-    assert trainer(recipe, tmp_path / "run", base).resume()
-
-
-def test_a_run_goes_on_with_its_own_base_only(recipe: Recipe, tmp_path: Path) -> None:
-    trainer(recipe, tmp_path / "run").save()
-    with pytest.raises(InputError, match="another base"):
-        trainer(recipe, tmp_path / "run", make_base(seed=5)).resume()
 
 
 def test_start_refuses_a_folder_of_something_else(recipe: Recipe, tmp_path: Path) -> None:

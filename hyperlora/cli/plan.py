@@ -16,7 +16,10 @@ STAGES = (None, 1, 2, 3)
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); see train/.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="A recipe (YAML); see train/. Without one: three questions on documents of 300 tokens."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="As for `train`; only its config is read. Or a config.json.")
     ] = None,
@@ -46,7 +49,7 @@ def plan(
     from hyperlora.errors import InputError
     from hyperlora.recipe import read_recipe
 
-    checked = read_recipe(recipe, micro_batches=micro_batches)
+    checked = read_recipe(recipe, micro_batches=micro_batches) if recipe else planning.usual(micro_batches or gpus)
     if checked.micro_batches % gpus and micro_batches is not None:
         raise InputError(f"{gpus} GPUs cannot share out --micro-batches {micro_batches}; give a multiple of {gpus}")
     asked, checked.micro_batches = checked.micro_batches, math.ceil(checked.micro_batches / gpus) * gpus
