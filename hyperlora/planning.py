@@ -85,7 +85,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at one ZeRO stage (None: without DeepSpeed)."""
+    """Bytes of one process on its GPU, at one ZeRO stage (None: without DeepSpeed); `host` are in the CPU's memory."""
 
     stage: int | None
     weights: int
@@ -93,6 +93,7 @@ class Memory:
     optimizer: int
     buffers: int
     total: int
+    host: int = 0
 
 
 def usual(micro_batches: int) -> Recipe:
@@ -171,13 +172,16 @@ def plan(
     )
 
 
-def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = BUCKET) -> Memory:
+def memory(
+    step: MicroBatch, stage: int | None, processes: int, bucket: int = BUCKET, offloaded: bool = False
+) -> Memory:
     """Bytes of one of `processes`. ZeRO keeps a flat copy of its share of the weights, which the optimizer updates.
 
     Without DeepSpeed nothing is shared out. Stage 1 shares out the optimizer's state, 2 the gradients too, 3 the
     weights too. Every process holds the whole base. Buffers are what gradients are summed in (two at stage 2, as
     ds_configs/zero2.json has it) and weights are gathered in; they and a step of the optimizer do not come at the same
-    time as the activations' peak, but allocators keep them.
+    time as the activations' peak, but allocators keep them. With `offloaded` (ds_configs/zero3_offload.json) they are
+    all that a GPU holds of the hypernetwork, whose share is in the CPU's memory.
     """
     weights, learned = step.generator, step.trained
     share, summed = learned // processes, min(learned, FLOAT * bucket)
@@ -191,8 +195,11 @@ def memory(step: MicroBatch, stage: int | None, processes: int, bucket: int = BU
     else:
         buffers = min(weights, FLOAT * _PREFETCH) + summed
         weights, gradients, optimizer = weights // processes, share, 3 * share
+    host = weights + gradients + optimizer if offloaded else 0
+    if offloaded:
+        weights = gradients = optimizer = 0
     fixed = step.base + step.calibration + weights + gradients + optimizer
-    return Memory(stage, weights, gradients, optimizer, buffers, fixed + buffers + step.working)
+    return Memory(stage, weights, gradients, optimizer, buffers, fixed + buffers + step.working, host)
 
 
 def _micro_batch(generator: Generator, recipe: Recipe, documents: int, load: Load, at_once: int) -> None:

@@ -1,12 +1,17 @@
-"""Whether a checkpoint is one that a run may go on from: the same recipe, base and modules."""
+"""Whether a checkpoint is one that a run may go on from: the same recipe, data, base and modules."""
 
+import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from hyperlora.data.items import Item
+from hyperlora.data.teacher import TeacherCorpus
 from hyperlora.errors import InputError
+from hyperlora.files import sha256
 from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator import Generator
 from hyperlora.recipe import Recipe
@@ -16,9 +21,16 @@ _FREE = ("checkpointing", "evaluation", "learning_rate", "save_every", "steps")
 _SPLIT = ("documents", "micro_batches")
 
 
-def own_position(recipe: Recipe, generator: Generator) -> dict[str, Any]:
-    """What `check_own` compares, for a checkpoint's position."""
+def data_hash(documents: Iterable[Item], teachers: Sequence[TeacherCorpus]) -> str:
+    """Of the documents that a run draws from, what is asked about them and how the teachers' replies were made."""
+    asked = [[item.text, *map(vars, item.questions)] for item in documents]
+    return sha256(json.dumps([asked, [teacher.settings for teacher in teachers]]).encode())
+
+
+def own_position(recipe: Recipe, generator: Generator, data: str) -> dict[str, Any]:
+    """What `check_own` compares, for a checkpoint's position; `data` is a `data_hash`."""
     return {
+        "data": data,
         "sites": [site.path for site in generator.sites],
         "fingerprint": vars(generator.base.fingerprint),
         "generator": generator.config.model_dump(mode="json"),
@@ -26,12 +38,12 @@ def own_position(recipe: Recipe, generator: Generator) -> dict[str, Any]:
     }
 
 
-def check_own(folder: Path, position: dict[str, Any], recipe: Recipe, generator: Generator) -> None:
-    """Raises InputError when the position of the checkpoint in `folder` is one of another run.
+def check_own(folder: Path, position: dict[str, Any], own: dict[str, Any], generator: Generator) -> None:
+    """Raises InputError when the position of the checkpoint in `folder` is one of another run
+    than `own`.
 
     Positions of older versions lack some of what is compared.
     """
-    own = own_position(recipe, generator)
     if changed := _changed(folder, position, own):
         raise InputError(f"{folder} holds another recipe's run ({', '.join(changed)} differ); choose another -o")
     if "fingerprint" in position and not generator.base.fingerprint.same(Fingerprint(**position["fingerprint"])):
@@ -42,6 +54,11 @@ def check_own(folder: Path, position: dict[str, Any], recipe: Recipe, generator:
         raise InputError(
             f"{folder} holds a run on other modules, such as the default of an earlier version; choose another -o"
         )
+    if position.get("data", own["data"]) != own["data"]:
+        raise InputError(
+            f"{folder} holds a run on other documents, or on other replies of a teacher, under the same names; bring "
+            "those back, or choose another -o"
+        )
 
 
 def _changed(folder: Path, position: dict[str, Any], own: dict[str, Any]) -> list[str]:
@@ -51,7 +68,8 @@ def _changed(folder: Path, position: dict[str, Any], own: dict[str, Any]) -> lis
         then = Recipe.model_validate(position["recipe"]).model_dump(mode="json")
     except ValidationError as error:
         raise InputError(f"{folder} holds a recipe that this version cannot read; choose another -o") from error
-    free = (*_FREE, *(("strength_rate",) if now["strength_rate"] and then["strength_rate"] else ()))
+    known = ("base",) if "fingerprint" in position else ()  # by its fingerprint, whatever it is called
+    free = (*_FREE, *known, *(("strength_rate",) if now["strength_rate"] and then["strength_rate"] else ()))
     changed = [key for key in now if now[key] != then[key] and key not in free]
     if math.prod(now[key] for key in _SPLIT) == math.prod(then[key] for key in _SPLIT):
         changed = [key for key in changed if key not in _SPLIT]

@@ -32,7 +32,7 @@ from hyperlora.generator import Generator
 from hyperlora.learning_rates import cosine, rated_groups
 from hyperlora.leaves import joined, leaves_of
 from hyperlora.recipe import Recipe
-from hyperlora.resuming import check_own, own_position
+from hyperlora.resuming import check_own, data_hash, own_position
 from hyperlora.run_log import RunLog
 from hyperlora.student import Student
 from hyperlora.trackers import WRITTEN
@@ -74,6 +74,7 @@ class Trainer:
         self.drawing = Drawing(recipe, self.base, self.student)
         trained = self.drawing.mix.documents()
         self.student.check_taught(trained)
+        self.own = own_position(recipe, generator, data_hash(trained, self.student.teachers))
         self.evaluation = evaluation_sets(recipe.evaluation, self.base)
         trained += self.drawing.unrelated.items if self.drawing.unrelated else []
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
@@ -153,8 +154,7 @@ class Trainer:
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="train", disable=ranks.own() > 0)
         try:
-            with _explained(_less(self.recipe)):
-                self._run(bar, stop, on_metrics)
+            self._run(bar, stop, on_metrics)
         finally:
             if self.steps is not None:
                 self.steps.close()
@@ -177,7 +177,8 @@ class Trainer:
         stopping = ranks.any_of(bool(stop))
         while self.step < self.recipe.steps and not stopping:
             start = time.perf_counter()
-            metrics = self.train_step()
+            with _explained(_less(self.recipe)):
+                metrics = self.train_step()
             self._record({"step": self.step, **metrics, "seconds": time.perf_counter() - start}, on_metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", unrelated=f"{metrics['unrelated']:.3f}")
@@ -228,7 +229,7 @@ class Trainer:
             "drawn": self.drawing.position.mix,
             "unrelated": self.drawing.position.unrelated,
             "layout": self.engine.layout,
-            **own_position(self.recipe, self.generator),
+            **self.own,
         }
 
         def write(folder: Path) -> None:
@@ -247,7 +248,7 @@ class Trainer:
             return False
         loaded = checkpoint.load(found)
         position = loaded.position
-        check_own(self.folder, position, self.recipe, self.generator)
+        check_own(self.folder, position, self.own, self.generator)
         with self.engine.whole():
             loaded.restore(self.generator)
         self.engine.load(found)

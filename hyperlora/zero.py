@@ -29,11 +29,32 @@ from hyperlora.recipe import Recipe
 _SHARDS, _UNIVERSAL = "zero", "universal"
 BUCKET = 500_000_000  # numbers; DeepSpeed's default for `reduce_bucket_size`
 _REFUSALS = (ValidationError, ValueError, AssertionError, TypeError, AttributeError, KeyError)
-# DeepSpeed passes over keys that it does not know, so that one of these with a letter wrong would do nothing.
+# What has an effect here. DeepSpeed passes over keys that it does not know, and over those of features that need to be
+# called upon.
 _KEYS = (
     *("zero_optimization", "zero_allow_untested_optimizer", "train_batch_size", "train_micro_batch_size_per_gpu"),
     *("gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "wall_clock_breakdown"),
     *("memory_breakdown", "checkpoint", "compile", "comms_logger", "flops_profiler", "csv_monitor", "tensorboard"),
+    *("wandb", "comet", "monitor_config", "aio", "disable_allgather", "dump_state", "nebula", "autotuning"),
+)
+_NOT_MEANT = (
+    ("communication_data_type", "nothing: gradients are summed in float32"),
+    ("compression_training", "nothing: the hypernetwork is trained as it is"),
+    ("elasticity", "another number of processes and the universal checkpoint"),
+    ("optimizer", "the recipe's learning_rate and weight_decay"),
+    ("scheduler", "the recipe's warmup and steps"),
+    ("learning_rate", "the recipe's learning_rate"),
+    ("activation_checkpointing", "the recipe's checkpointing"),
+    ("curriculum_learning", "from_step and to_step of the recipe's tasks"),
+    ("data_efficiency", "from_step and to_step of the recipe's tasks"),
+    ("bf16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+    ("fp16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+    ("amp", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+    ("torch_autocast", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
+    ("data_types", "nothing: gradients are summed in float32"),
+    ("prescale_gradients", "nothing: losses are divided by the labels of all processes"),
+    ("gradient_predivide_factor", "nothing: losses are divided by the labels of all processes"),
+    ("gradient_allreduce_op", "nothing: losses are divided by the labels of all processes"),
 )
 
 
@@ -183,31 +204,20 @@ def read_settings(path: Path, recipe: Recipe) -> dict[str, Any]:
         "train_batch_size": recipe.documents * recipe.micro_batches,
         "gradient_clipping": recipe.clip,
     }
-    for key in settings:
-        if key not in _KEYS and (close := get_close_matches(key, _KEYS, n=1, cutoff=0.85)):
-            raise InputError(f"{path}: DeepSpeed knows no {key}; did you mean {close[0]}?")
     for key, value in decided.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise InputError(f"{path}: {key} is {settings[key]}, the recipe says {value}; leave it out or say 'auto'")
-    for key, instead in (
-        ("communication_data_type", "nothing: gradients are summed in float32"),
-        ("compression_training", "nothing: the hypernetwork is trained as it is"),
-        ("elasticity", "another number of processes and the universal checkpoint"),
-        ("optimizer", "the recipe's learning_rate and weight_decay"),
-        ("scheduler", "the recipe's warmup and steps"),
-        ("bf16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
-        ("fp16", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
-        ("amp", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
-        ("torch_autocast", "--dtype bfloat16, which is for the base; what is trained stays in float32"),
-        ("data_types", "nothing: gradients are summed in float32"),
-        ("prescale_gradients", "nothing: losses are divided by the labels of all processes"),
-        ("gradient_predivide_factor", "nothing: losses are divided by the labels of all processes"),
-        ("gradient_allreduce_op", "nothing: losses are divided by the labels of all processes"),
-    ):
+    for key, instead in _NOT_MEANT:
         found = settings.get(key)
         if found and not (isinstance(found, dict) and found.get("enabled") is False):
             raise InputError(f"{path}: {key} contradicts the recipe; leave it out and use {instead}")
-    if isinstance(kept := settings.get("checkpoint"), dict) and kept.get("load_universal"):
+    for key in sorted(settings.keys() - {*_KEYS, *dict(_NOT_MEANT)}):
+        close = get_close_matches(key, _KEYS, n=1, cutoff=0.85)
+        instead = f"did you mean {close[0]}?" if close else "leave it out"
+        raise InputError(f"{path}: {key} has no effect here; {instead}")
+    if not isinstance(kept := settings.get("checkpoint", {}), dict):
+        raise InputError(f"{path}: checkpoint is {kept!r}; give its settings, or leave it out")
+    if kept.get("load_universal"):
         raise InputError(f"{path}: checkpoint.load_universal is set when it is needed; leave it out")
     found = settings.get("zero_optimization")
     sharding: dict[str, Any] = found if isinstance(found, dict) else {}

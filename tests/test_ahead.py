@@ -40,6 +40,32 @@ def test_errors_are_raised_where_the_item_is_asked_for() -> None:
         next(items)
 
 
+class Unsendable(Exception):
+    def __init__(self, message: str, where: object):
+        super().__init__(message)
+
+
+def test_an_error_that_cannot_be_sent_says_what_it_was() -> None:
+    def failing() -> Iterator[int]:
+        raise Unsendable("the seventh line", lambda: None)
+        yield 1
+
+    with pytest.raises(RuntimeError, match="Unsendable: the seventh line"):
+        list(ahead(failing))
+
+
+def test_a_process_that_ends_by_itself_was_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperlora.data.ahead._PATIENCE", 0.1)
+
+    def leaving() -> Iterator[int]:
+        yield 1
+        os._exit(3)
+
+    items = ahead(leaving)
+    with pytest.raises(RuntimeError, match=r"ended \(exit code 3\)"):
+        list(items)
+
+
 def test_signals_that_end_a_run_leave_the_process_and_the_end_of_the_run_takes_it_along() -> None:
     items = ahead(endless)
     other = next(items)

@@ -11,6 +11,7 @@ import yaml
 
 from hyperlora import planning
 from hyperlora.base_model import BaseModel
+from hyperlora.cli.plan import STAGES
 from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
 from hyperlora.groups import BATCH_TOKENS
@@ -21,6 +22,8 @@ from hyperlora.recipe import Recipe, Teacher, Unrelated, read_recipe
 from hyperlora.training import Trainer
 
 from .conftest import OPTIONS, Run, make_base, make_generator, one_line
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_live_bytes_are_those_of_storages() -> None:
@@ -40,7 +43,7 @@ def test_live_bytes_are_those_of_storages() -> None:
         assert live.now == 400  # the gradient
 
 
-@pytest.mark.parametrize("path", sorted(Path("train").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.yaml")), ids=str)
 def test_every_recipe_here_can_be_planned(path: Path) -> None:
     recipe = read_recipe(path)
     loads = planning.read_loads(recipe, 64, 16)
@@ -149,9 +152,9 @@ def test_what_is_frozen_has_no_gradient(recipe: Recipe, base: BaseModel, tiny_di
         assert less.optimizer / more.optimizer == pytest.approx(some.trained / whole.trained, rel=1e-3)
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples/bases").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "bases").glob("*.json")), ids=lambda path: path.stem)
 def test_the_example_bases_can_be_planned(run: Run, path: Path) -> None:
-    code, out, err = run("plan", "train/one_fact/associative.yaml", "--base", path, "--documents", "1", "--json")
+    code, out, err = run("plan", ROOT / "train/one_fact/associative.yaml", "--base", path, "--documents", "1", "--json")
     billions = float(path.stem.removesuffix("b"))
     assert code == 0 and 0.9 < json.loads(out)["base"] / 2e9 / billions < 1.3, err
 
@@ -186,6 +189,8 @@ def test_stages_share_out_what_they_say() -> None:
     assert (one.weights, one.gradients, one.optimizer, one.buffers) == (400, 400, 300, 20)
     assert (two.weights, two.gradients, two.optimizer, two.buffers) == (400, 100, 300, 40)
     assert (three.weights, three.gradients, three.optimizer) == (100, 100, 300)
+    away = planning.memory(step, 3, 4, bucket=5, offloaded=True)
+    assert (away.total, away.host, three.host) == (three.total - 500, 500, 0)
 
 
 @pytest.fixture
@@ -205,7 +210,7 @@ def test_plan_prints_a_table_or_json(run: Run, recipe_file: Path) -> None:
     assert three["step_flops"] == pytest.approx(3 * one["step_flops"], rel=0.1)
     code, out, err = run("plan", recipe_file, "--documents", "1", "--gpus", "7")
     assert code == 0 and "\nmicro_batches 7, a multiple of 7 GPUs (the recipe has 1)\n" in out, err
-    assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"] and set(one["memory"]) == {"none", "1", "2", "3"}
+    assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"] and set(one["memory"]) == set(STAGES)
     code, out, err = run("plan", recipe_file, "--documents", "1", "--device", "cpu", "--json")
     assert code == 0 and json.loads(out)["base"] == one["base"], err  # in float32
     code, out, _ = run("plan", recipe_file, "--documents", "1", "--gpu-memory", "0.0001")

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
+from hyperlora.data.sources import load
+from hyperlora.data.teacher import teach
 from hyperlora.errors import InputError
 from hyperlora.recipe import Recipe
 
@@ -98,3 +101,28 @@ def test_a_run_goes_on_with_its_own_base_only(recipe: Recipe, tmp_path: Path) ->
     trainer(recipe, tmp_path / "run").save()
     with pytest.raises(InputError, match="another base"):
         trainer(recipe, tmp_path / "run", make_base(seed=5)).resume()
+
+
+def test_a_base_may_be_called_otherwise(recipe: Recipe, tmp_path: Path) -> None:
+    trainer(recipe, tmp_path / "run").save()
+    assert trainer(recipe.model_copy(update={"base": "tiny, elsewhere"}), tmp_path / "run").resume()
+
+
+def test_documents_and_replies_that_have_changed_are_noticed(recipe: Recipe, tmp_path: Path) -> None:
+    replies, base = tmp_path / "replies", make_base()
+    asked = load(str(tmp_path / "qa.jsonl"))
+    teach(base, asked, replies, top_k=4, max_new_tokens=4)
+    recipe.teacher.corpora = [str(replies)]
+    trainer(recipe, tmp_path / "run").save()
+    assert trainer(recipe, tmp_path / "run").resume()
+    shutil.rmtree(replies)
+    teach(base, asked, replies, top_k=5, max_new_tokens=4)
+    with pytest.raises(InputError, match="other replies of a teacher"):
+        trainer(recipe, tmp_path / "run").resume()
+    shutil.rmtree(replies)
+    teach(base, asked, replies, top_k=4, max_new_tokens=4)
+    assert trainer(recipe, tmp_path / "run").resume()
+    lines = (tmp_path / "qa.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "qa.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match="other documents"):
+        trainer(recipe, tmp_path / "run").resume()

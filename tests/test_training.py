@@ -296,7 +296,7 @@ def test_wrong_recipes_say_what_to_change(tmp_path: Path, change: str, message: 
 
 
 def test_shipped_recipes_are_valid() -> None:
-    recipes = sorted((Path(__file__).parents[1] / "train").glob("*.yaml"))
+    recipes = sorted((Path(__file__).parents[1] / "train").rglob("*.yaml"))
     assert recipes
     for path in recipes:
         read_recipe(path)

@@ -63,6 +63,13 @@ def norms(folder: Path) -> list[float]:
     return [record["gradient_norm"] for record in records if "loss" in record]
 
 
+def seconds(folder: Path) -> list[float]:
+    """Of every step whose line is whole."""
+    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")
+    records = [json.loads(line) for line in whole.splitlines()]
+    return [record["seconds"] for record in records if "loss" in record]
+
+
 def after(step: int, folder: Path, process: subprocess.Popen[str]) -> None:
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step}, "loss"' in metrics.read_text()):
@@ -100,11 +107,13 @@ def test_zero_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_
         torch.testing.assert_close(two[name], tensor, rtol=2e-2, atol=2e-3, msg=name)  # in 16 bits
 
     run = tmp_path / "run"
-    killed_after(4, run, launch(2, recipe_file, "-o", run, *settings), one=stage == 2)
-    alone = tmp_path / "all alone"
+    killed_after(4, run, launch(2, recipe_file, "-o", run, *settings), one=stage != 1)
+    alone, before = tmp_path / "all alone", seconds(run)
+    reached = json.loads((run / "checkpoint" / "position.json").read_text())["step"]
     shutil.copytree(run, alone)
     finished(launch(2, recipe_file, "-o", run, *settings))
     assert losses(run) == losses(tmp_path / "two")
+    assert reached and seconds(run)[:reached] == before[:reached]  # it went on, and did not begin again
 
     refused = launch(1, recipe_file, "-o", alone, *settings)
     _, err = refused.communicate()
@@ -248,7 +257,11 @@ def test_contradictions_and_foreign_checkpoints_are_refused(recipe: Recipe, tmp_
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types contradicts the recipe"),
         ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, "zero_quantized_gradients contradicts"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op contradicts the recipe"),
-        ({"zero_optimisation": {"stage": 2}}, "knows no zero_optimisation; did you mean zero_optimization"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation has no effect here; did you mean zero_optimization"),
+        ({"sparse_attention": {}}, "sparse_attention has no effect here; leave it out"),
+        ({"learning_rate": 1e-4}, "use the recipe's learning_rate"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use the recipe's checkpointing"),
+        ({"checkpoint": True}, "checkpoint is True; give its settings"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "stage 3 alone shares out"),
         ({"communication_data_type": "fp16"}, "communication_data_type contradicts the recipe"),
         ({"checkpoint": {"load_universal": True}}, "load_universal is set when it is needed"),

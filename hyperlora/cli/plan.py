@@ -12,7 +12,14 @@ from hyperlora.cli import loading, options
 if TYPE_CHECKING:
     from hyperlora.planning import MicroBatch
 
-STAGES = (None, 1, 2, 3)
+# By their names in JSON: the heading, the ZeRO stage, and whether the hypernetwork is kept in the CPU's memory.
+STAGES = {
+    "none": ("no ZeRO", None, False),
+    "1": ("ZeRO 1", 1, False),
+    "2": ("ZeRO 2", 2, False),
+    "3": ("ZeRO 3", 3, False),
+    "3_offload": ("offloaded", 3, True),
+}
 
 
 def plan(
@@ -66,12 +73,15 @@ def plan(
     rows = []
     for count in tqdm(counts, unit="plan", disable=None, leave=False):
         step = planning.plan(checked, base, count, loads, kind, device, trust_remote_code)
-        memories = {stage: planning.memory(step, stage, gpus) for stage in STAGES}
+        memories = {
+            name: planning.memory(step, stage, gpus, offloaded=offloaded)
+            for name, (_, stage, offloaded) in STAGES.items()
+        }
         flops = step.flops * checked.micro_batches / gpus
         rows.append((step, memories, flops))
     if as_json:
         for step, memories, flops in rows:
-            by_stage = {"none" if stage is None else str(stage): vars(found) for stage, found in memories.items()}
+            by_stage = {name: vars(found) for name, found in memories.items()}
             record = {**vars(step), "step_flops": flops, "memory": by_stage}
             print(json.dumps(record | ({"step_seconds": flops / tflops / 1e12} if tflops else {})))
         return
@@ -82,14 +92,14 @@ def plan(
     if asked != checked.micro_batches:
         print(f"micro_batches {checked.micro_batches}, a multiple of {gpus} GPUs (the recipe has {asked})")
     print(f"{'documents':>9} {'TFLOP/step':>11}", *([f"{'s/step':>8}"] if tflops else []), end="")
-    print(*(f"{'no ZeRO' if stage is None else f'ZeRO {stage}':>9}" for stage in STAGES), "   GiB per GPU")
+    print(*(f"{heading:>9}" for heading, *_ in STAGES.values()), "   GiB per GPU")
     for one, memories, flops in rows:
         print(
             f"{one.documents:9d} {flops / 1e12:11.2f}", *([f"{flops / tflops / 1e12:8.3f}"] if tflops else []), end=""
         )
         cells = [found.total / gib for found in memories.values()]
         print(*(f"{f'{cell:.1f}' + '*' * (cell > gpu_memory):>9}" for cell in cells))
-    if rows[0][1][STAGES[-1]].total > gpu_memory * gib:
+    if rows[0][1]["3_offload"].total > gpu_memory * gib:
         print(_advice(step, gpu_memory * gib))
 
 

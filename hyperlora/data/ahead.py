@@ -25,7 +25,8 @@ def ahead(make: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
 
     Raises:
         OutOfMemory: the process was killed, which want of memory does.
-        Exception: whatever `make` raises.
+        RuntimeError: it ended in another way, or `make` raised what cannot be sent.
+        Exception: whatever else `make` raises.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
         yield from make()
@@ -41,9 +42,12 @@ def ahead(make: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
             except queue.Empty:
                 if worker.is_alive():
                     continue
+                who, code = "the process that draws documents", worker.exitcode or 0
+                if code >= 0:
+                    raise RuntimeError(f"{who} ended (exit code {code})") from None
                 raise OutOfMemory(
-                    f"the process that draws documents was killed (exit code {worker.exitcode}), by want of memory "
-                    "perhaps; free some, or name fewer sources, and go on from the last checkpoint"
+                    f"{who} was killed (exit code {code}), by want of memory perhaps; free some, or name fewer "
+                    "sources, and go on from the last checkpoint"
                 ) from None
             if isinstance(item, _End):
                 if item.error is not None:
@@ -69,8 +73,17 @@ def _work(make: Callable[[], Iterator[Any]], made: Any, reader: int) -> None:
         for item in make():
             _put(made, item, reader)
     except Exception as error:  # raised where the item is asked for
-        end = _End(error)
+        end = _End(_sendable(error))
     _put(made, end, reader)
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # what an error holds may be anything
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _put(made: Any, item: Any, reader: int) -> None:

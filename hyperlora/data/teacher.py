@@ -58,6 +58,7 @@ class TeacherCorpus:
     """The replies in a folder, by document and question.
 
     Attributes:
+        settings: how and on what documents they were made.
         top_k: likeliest tokens that are kept at each position.
 
     Raises:
@@ -65,7 +66,7 @@ class TeacherCorpus:
     """
 
     def __init__(self, folder: Path, base: BaseModel):
-        settings = _read_settings(folder)
+        self.settings = settings = _read_settings(folder)
         if not base.fingerprint.same(Fingerprint(**settings["fingerprint"])):
             raise InputError(f"the replies in {folder} are of {settings['base']}, not of {base.name}; make new ones")
         self.top_k = int(settings["top_k"])
