@@ -9,7 +9,7 @@ import torch
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
 
-from .conftest import TEXT, make_generator
+from .conftest import OPTIONS, TEXT, make_generator
 
 mean = runpy.run_path(str(Path(__file__).parents[1] / "train" / "mean.py"))["mean"]
 
@@ -30,3 +30,22 @@ def test_generators_that_differ_otherwise_have_no_mean(base: BaseModel) -> None:
     for second in (other, make_generator(base, rank=4)):
         with pytest.raises(InputError, match="start the second from the first"):
             mean(make_generator(base), second, 0.5)
+
+
+def test_some_weights_alone_may_be_mixed(base: BaseModel) -> None:
+    """Also of generators one of which has options that add weights."""
+    first = make_generator(base, options=OPTIONS["associative"] | {"salience": True})
+    second = make_generator(base)
+    before = {name: weight.clone() for name, weight in first.state_dict().items()}
+    second.load_state_dict({k: v for k, v in before.items() if not k.startswith("hypernet.")}, strict=False)
+    for weight in second.hypernet.parameters():
+        weight.data += 0.1
+    others = second.state_dict()
+    for name, weight in mean(first, second, 0.25, ["adapter", "aim"]).state_dict().items():
+        mixed = name.startswith("hypernet.") and ("adapter" in name or "aim" in name)
+        wanted = 0.75 * before[name] + 0.25 * others[name] if mixed else before[name]
+        torch.testing.assert_close(weight, wanted)
+    with pytest.raises(InputError, match="no weight of the generator has adaptor in its name"):
+        mean(first, second, 0.25, ["adaptor"])
+    with pytest.raises(InputError, match="start the second from the first"):
+        mean(first, second, 0.25, ["salience"])
