@@ -1,8 +1,10 @@
 """Whether a checkpoint is one that a run may go on from: the same recipe, data, base and modules."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ from pydantic import ValidationError
 from hyperlora.data.items import Item
 from hyperlora.data.teacher import TeacherCorpus
 from hyperlora.errors import InputError
-from hyperlora.files import sha256
 from hyperlora.fingerprint import Fingerprint
 from hyperlora.generator import Generator
 from hyperlora.recipe import Recipe
@@ -23,8 +24,11 @@ _SPLIT = ("documents", "micro_batches")
 
 def data_hash(documents: Iterable[Item], teachers: Sequence[TeacherCorpus]) -> str:
     """Of the documents that a run draws from, what is asked about them and how the teachers' replies were made."""
-    asked = [[item.text, *map(vars, item.questions)] for item in documents]
-    return sha256(json.dumps([asked, [teacher.settings for teacher in teachers]]).encode())
+    digest = hashlib.sha256()
+    asked = ([item.text, *map(vars, item.questions)] for item in documents)
+    for part in chain(asked, (teacher.settings for teacher in teachers)):
+        digest.update(json.dumps(part).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def own_position(recipe: Recipe, generator: Generator, data: str) -> dict[str, Any]:
@@ -39,8 +43,7 @@ def own_position(recipe: Recipe, generator: Generator, data: str) -> dict[str, A
 
 
 def check_own(folder: Path, position: dict[str, Any], own: dict[str, Any], generator: Generator) -> None:
-    """Raises InputError when the position of the checkpoint in `folder` is one of another run
-    than `own`.
+    """Raises InputError when the position of the checkpoint in `folder` is one of another run than `own`.
 
     Positions of older versions lack some of what is compared.
     """

@@ -74,9 +74,9 @@ class Trainer:
         self.drawing = Drawing(recipe, self.base, self.student)
         trained = self.drawing.mix.documents()
         self.student.check_taught(trained)
-        self.own = own_position(recipe, generator, data_hash(trained, self.student.teachers))
         self.evaluation = evaluation_sets(recipe.evaluation, self.base)
         trained += self.drawing.unrelated.items if self.drawing.unrelated else []
+        self.own = own_position(recipe, generator, data_hash(trained, self.student.teachers))
         check_disjoint(trained, [item for items in self.evaluation.values() for item in items])
         self.engine = self._engine(zero)
         generator.through = self.engine.call
