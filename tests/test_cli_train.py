@@ -32,8 +32,8 @@ def test_train_prints_one_json_record(run: Run, recipe_file: Path, tmp_path: Pat
     last = [record for record in metrics if "loss" in record][-1]
     assert summary["steps"] == 2 == last["step"] and summary["loss"] == last["loss"]
     assert summary["evaluation"]["facts-2"]["step"] == 2 and "patch_exact_match" in summary["evaluation"]["facts-2"]
-    (tmp_path / "text.txt").write_text(TEXT)
-    code, _, err = run("generate", tmp_path / "text.txt", "-o", tmp_path / "p", "--generator", summary["generator"])
+    (tmp_path / "document.txt").write_text(TEXT)
+    code, _, err = run("generate", tmp_path / "document.txt", "-o", tmp_path / "p", "--generator", summary["generator"])
     assert code == 0, err
     code, out, err = run("train", recipe_file, "-o", tmp_path / "run", "--json")  # nothing is left to do
     assert code == 0 and json.loads(out) == summary, err
