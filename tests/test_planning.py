@@ -11,7 +11,6 @@ import yaml
 
 from hyperlora import planning
 from hyperlora.base_model import BaseModel
-from hyperlora.cli.plan import STAGES
 from hyperlora.flop_counter import flop_counter
 from hyperlora.generator import Generator
 from hyperlora.groups import BATCH_TOKENS
@@ -210,7 +209,8 @@ def test_plan_prints_a_table_or_json(run: Run, recipe_file: Path) -> None:
     assert three["step_flops"] == pytest.approx(3 * one["step_flops"], rel=0.1)
     code, out, err = run("plan", recipe_file, "--documents", "1", "--gpus", "7")
     assert code == 0 and "\nmicro_batches 7, a multiple of 7 GPUs (the recipe has 1)\n" in out, err
-    assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"] and set(one["memory"]) == set(STAGES)
+    assert one["memory"]["3"]["total"] < three["memory"]["3"]["total"]
+    assert set(one["memory"]) == {"none", "1", "2", "3", "3_offload"}
     code, out, err = run("plan", recipe_file, "--documents", "1", "--device", "cpu", "--json")
     assert code == 0 and json.loads(out)["base"] == one["base"], err  # in float32
     code, out, _ = run("plan", recipe_file, "--documents", "1", "--gpu-memory", "0.0001")
