@@ -1,7 +1,7 @@
 """A generator between two: the weighted mean of their weights (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
 
     python train/mean.py runs/default/generator runs/beside/generator -o runs/half --share 0.5
-    python train/mean.py runs/salience/generator runs/default/generator -o runs/mixed --share 0.5 --only adapter
+    python train/mean.py runs/recalled runs/default/generator -o runs/mixed --share 0.5 --only adapter
 
 What training has added to a generator and what it has taken from it seldom go at the same pace: between both ends
 most of either is kept (docs/research.md, 20, 22, 24 and 25).
