@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from hyperlora import ranks
 from hyperlora.base_model import BaseModel
 from hyperlora.errors import InputError
+from hyperlora.evaluation import controls
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.bootstrap import interval
-from hyperlora.evaluation.controls import CONDITIONS, answer
+from hyperlora.evaluation.controls import CONDITIONS, answer, score_controls
 from hyperlora.evaluation.items import fact_items
 from hyperlora.evaluation.metrics import contains, exact_match, f1
 from hyperlora.evaluation.report import evaluate_answers, evaluate_forgetting, evaluate_second_copy, table
@@ -53,6 +55,38 @@ def test_answers_use_the_right_patch(base: BaseModel, monkeypatch: pytest.Monkey
             assert replies[name][-1] == greedy(base, [asked], 6)[0]
     for name, asked in (("none", prompt), ("full", told)):
         assert replies[name][-1] == greedy(base, [asked], 6)[0]
+
+
+@pytest.mark.parametrize("questions", [2, 1])
+def test_processes_share_out_the_questions(base: BaseModel, monkeypatch: pytest.MonkeyPatch, questions: int) -> None:
+    """Each answers its part, and the scores are those of one process; every document is read by all."""
+    generator = make_generator(base)
+    items = [replace(item, questions=item.questions[:questions]) for item in fact_items(2, 5)]
+    right = iter(answer(generator, items, ("patch",), max_new_tokens=24)["patch"])
+    items = [
+        replace(
+            item,
+            questions=tuple(replace(q, accepted=(next(right) + ("" if n % 3 else " no"),)) for q in item.questions),
+        )
+        for n, item in enumerate(items)
+    ]
+    alone = score_controls(generator, items, ("patch", "none"))
+    assert 0 < alone["patch_exact_match"] < 1
+    sums: list[list[float]] = []
+    asked: list[int] = []
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(ranks, "total", lambda values: sums.append(values) or values)
+    greedily = controls.greedy
+    monkeypatch.setattr(controls, "greedy", lambda b, p, n: asked.append(len(p)) or greedily(b, p, n))
+    read: list[int] = []
+    factors = generator.factors
+    monkeypatch.setattr(generator, "factors", lambda documents: read.append(len(documents)) or factors(documents))
+    for own in range(3):
+        monkeypatch.setattr(ranks, "own", lambda own=own: own)
+        score_controls(generator, items, ("patch", "none"))
+    shared = [sum(parts) / (5 * questions) for parts in zip(*sums, strict=True)]
+    assert shared == pytest.approx(list(alone.values()))
+    assert sum(asked) == 2 * 5 * questions and read == [5, 5, 5]
 
 
 def test_replies_are_greedy_whatever_the_base_brings(base: BaseModel) -> None:

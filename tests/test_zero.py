@@ -20,6 +20,7 @@ from hyperlora import zero
 from hyperlora.errors import InputError
 from hyperlora.hypernet import HYPERNETS
 from hyperlora.recipe import Recipe, TextTask
+from hyperlora.run_log import RunLog
 from hyperlora.training import start
 
 from .conftest import OPTIONS, losses
@@ -190,9 +191,12 @@ def test_weights_in_the_cpus_memory_train_as_one_process_does(
 
 
 def test_torchrun_alone_trains_as_one_process_does(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
+    """And scores as one, of which each process asks for a part."""
     start(recipe, tmp_path / "one", "tiny").run()
     finished(launch(2, recipe_file, "-o", tmp_path / "two"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (RunLog(tmp_path / name).summary()["evaluation"]["facts-2"] for name in ("one", "two"))
+    assert two == pytest.approx(one) and "beside_f1" in one
 
 
 def test_deepspeeds_launcher_starts_the_script(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """A generator's answers beside their controls: another document's patch, no patch, the document in the prompt, and
 that beside another document's patch."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
+from hyperlora import ranks
 from hyperlora.data.items import Item
 from hyperlora.evaluation.answers import greedy
 from hyperlora.evaluation.metrics import METRICS
@@ -72,11 +75,23 @@ def answer(
 def score_controls(
     generator: Generator, items: Sequence[Item], conditions: Sequence[str] = ("patch", "swapped")
 ) -> dict[str, float]:
-    """Mean scores, `condition_metric` -> 0 to 1."""
-    accepted = [question.accepted for item in items for question in item.questions]
-    scores = {}
-    for condition, replies in answer(generator, items, conditions).items():
+    """Mean scores, `condition_metric` -> 0 to 1. Processes that train together share out the questions."""
+    own = _own_share(items)
+    accepted = [question.accepted for item in own for question in item.questions]
+    sums = {}
+    for condition, replies in answer(generator, own, conditions).items():
         for name, metric in METRICS.items():
             values = [metric(reply, answers) for reply, answers in zip(replies, accepted, strict=True)]
-            scores[f"{condition}_{name}"] = sum(values) / len(values)
-    return scores
+            sums[f"{condition}_{name}"] = float(sum(values))
+    asked = sum(len(item.questions) for item in items)
+    return {name: total / asked for name, total in zip(sums, ranks.total(list(sums.values())), strict=True)}
+
+
+def _own_share(items: Sequence[Item]) -> list[Item]:
+    """All documents, since weights that are shared out must be gathered by all at the same time, with this process's
+    part of their questions."""
+    numbers, mine = itertools.count(), ranks.own()
+    return [
+        replace(item, questions=tuple(q for q in item.questions if next(numbers) % ranks.count() == mine))
+        for item in items
+    ]
