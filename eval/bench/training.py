@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.drawing import Micro, Step
-from hyperlora.errors import InputError
 from hyperlora.flop_counter import flop_counter
 from hyperlora.hypernet import Features, Reading
 from hyperlora.inject import inject
@@ -35,7 +34,7 @@ from hyperlora.training import Trainer, start
 
 
 class WholePass(Reading):
-    """The features of one document from a forward pass through all layers and the output layer."""
+    """One document read in a forward pass through all layers and the output layer."""
 
     def __init__(self, run: Trainer, ids: list[int]):
         self.run, self.ids = run, ids
@@ -49,35 +48,22 @@ class WholePass(Reading):
         with inject(self.run.base.model, adapter):
             return self._read()
 
+    def memory(self, tokens: Tensor, adapter: Mapping[str, tuple[Tensor, Tensor]], layers: Sequence[int]) -> Tensor:
+        encoder, base = self.run.generator.encoder, self.run.base
+        embeds = base.model.get_input_embeddings()(torch.tensor([encoder.sink + self.ids], device=base.device))
+        size = embeds[:, len(encoder.sink) :].float().square().mean().sqrt()
+        embeds = torch.cat([embeds, (size * tokens)[None].to(embeds.dtype)], dim=1)
+        with inject(base.model, adapter):
+            behind, _ = self._whole(inputs_embeds=embeds)
+        return torch.stack([behind[layer][:, -len(tokens) :].float() for layer in layers], dim=1)
+
     def _read(self) -> Features:
         encoder, base = self.run.generator.encoder, self.run.base
-        blocks, last = decoder_layers(base.model)[1], max(site.layer for site in encoder.sites)
-        inputs: list[Tensor] = []
-        behind: dict[int, Tensor] = {}
-        handles = [
-            base.model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-            for site in encoder.sites
-        ]
-
-        def keep(number: int) -> Any:
-            def hook(_: Any, __: Any, output: Any) -> None:
-                behind[number] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        handles += [block.register_forward_hook(keep(number)) for number, block in enumerate(blocks)]
+        last = max(site.layer for site in encoder.sites)
         tokens = torch.tensor([encoder.sink + self.ids], device=base.device)
-        first: list[Tensor] = []
-        handles.append(
-            blocks[0].register_forward_pre_hook(
-                lambda _, args, kwargs: first.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        )
-        base.model(input_ids=tokens, use_cache=False)
-        for handle in handles:
-            handle.remove()
+        behind, inputs = self._whole(input_ids=tokens)
         skip = len(encoder.sink)
-        hidden = torch.stack([first[0], behind[last // 2 - 1], behind[last]], dim=2)
+        hidden = torch.stack([behind[-1], behind[last // 2 - 1], behind[last]], dim=2)
         words = F.normalize(base.model.get_output_embeddings().weight[tokens[:, skip:]].float(), dim=-1)
         return Features(
             inputs=[x[:, skip:].float() for x in inputs],
@@ -87,8 +73,32 @@ class WholePass(Reading):
             mask=torch.ones_like(tokens[:, skip:], dtype=torch.bool),
         )
 
-    def memory(self, *_: Any) -> Tensor:
-        raise InputError("the straightforward loop is written for generators that read features")
+    def _whole(self, **read: Tensor) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """States behind each layer (-1: before the first), and inputs of the sites, of a whole forward pass."""
+        base = self.run.base
+        blocks = decoder_layers(base.model)[1]
+        inputs: list[Tensor] = []
+        behind: dict[int, Tensor] = {}
+        handles = [
+            base.model.get_submodule(site.path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            for site in self.run.generator.encoder.sites
+        ]
+
+        def keep(number: int) -> Any:
+            def hook(_: Any, __: Any, output: Any) -> None:
+                behind[number] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        def enter(_: Any, args: Any, kwargs: Any) -> None:
+            behind[-1] = args[0] if args else kwargs["hidden_states"]
+
+        handles += [block.register_forward_hook(keep(number)) for number, block in enumerate(blocks)]
+        handles.append(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+        base.model(**read, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return behind, inputs
 
 
 def straightforward(run: Trainer, drawn: Micro) -> None:
